@@ -19,15 +19,14 @@ def visible(
 
     Args:
         pattern: The pattern. xattention, which chooses blocks from the data, stands here for its decode: streaming.
-        q_pos: int, any shape that broadcasts with `k_pos`.
+        q_pos: int, any shape that broadcasts with `k_pos`. Operators only: numpy, MLX and Torch arrays serve.
         k_pos: int.
         prompt_tokens: Length of the whole prompt in exact prefill; None (chunked calls, decode) means streaming.
 
     Returns:
         bool, the broadcast shape.
     """
-    q, k = np.asarray(q_pos), np.asarray(k_pos)
-    block = pattern.block_size
+    q, k, block = q_pos, k_pos, pattern.block_size
     near = k // block > q // block - pattern.window_blocks
     seen = (k // block < pattern.sink_blocks) | near
     if pattern.name == "triangle" and prompt_tokens is not None:

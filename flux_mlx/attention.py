@@ -1,0 +1,97 @@
+"""Full and sparse attention in MLX: shapes are checked here, then `impl` is chosen.
+
+Layout `[B, H, L, D]`. Keys are positions 0..S-1 of the sequence, queries its last L positions.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from flux_mlx import streaming, xattention
+from flux_mlx.spec import PatternConfig
+
+IMPLS = ("ops",)
+
+
+def _check(who: str, q: mx.array, k: mx.array, v: mx.array) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"[{who}] {name} must be [B, H, L, D], got shape {tuple(x.shape)}.")
+        if x.dtype != q.dtype or not mx.issubdtype(x.dtype, mx.floating):
+            raise ValueError(
+                f"[{who}] q, k and v must share a float dtype, got {q.dtype} for q and {x.dtype} for {name}."
+            )
+    (B, HQ, L, D), (Bk, HKV, S, Dk) = q.shape, k.shape
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"[{who}] k and v must share [B, HKV, S], got {tuple(k.shape)} and {tuple(v.shape)}.")
+    if Bk != B or Dk != D:
+        raise ValueError(f"[{who}] q {tuple(q.shape)} and k {tuple(k.shape)} must share B and D.")
+    if HKV < 1 or HQ % HKV:
+        raise ValueError(f"[{who}] k has {HKV} heads, which does not divide q's {HQ}.")
+    if not 1 <= L <= S:
+        raise ValueError(f"[{who}] the queries are the last L of S positions; got L {L} and S {S}.")
+
+
+def _check_impl(who: str, impl: str | None) -> None:
+    if impl is not None and impl not in IMPLS:
+        raise ValueError(f"[{who}] impl must be one of {list(IMPLS)} or None, got {impl!r}.")
+
+
+def full_attention(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float | None = None, impl: str | None = None
+) -> mx.array:
+    """Causal attention by MLX's own kernel.
+
+    Args:
+        q: `[B, HQ, L, D]`, float.
+        k, v: `[B, HKV, S, D]`, the dtype of q; HKV divides HQ, S >= L.
+        scale: Multiplier of the scores, D**-0.5 by default.
+        impl: "ops", or None for the default.
+
+    Returns:
+        `[B, HQ, L, D]`.
+
+    Raises:
+        ValueError: Shapes, dtypes or `impl` do not fit.
+    """
+    _check("full_attention", q, k, v)
+    _check_impl("full_attention", impl)
+    return streaming.dense(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def sparse_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    pattern: PatternConfig,
+    *,
+    prompt_tokens: int | None = None,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> mx.array:
+    """Causal attention restricted to `pattern` (`flux_mlx.spec.visible`).
+
+    Work and memory of streaming are O(L * (sink + window)); no [L, S] mask is made and KV heads are not repeated.
+
+    Args:
+        q: `[B, HQ, L, D]`, float.
+        k, v: `[B, HKV, S, D]`, the dtype of q; HKV divides HQ, S >= L.
+        pattern: Which keys a query sees.
+        prompt_tokens: Length of the whole prompt in exact prefill; None (chunked calls, decode) means streaming.
+        scale: Multiplier of the scores, D**-0.5 by default.
+        impl: "ops" (compositions of stock attention calls), or None for the default. Never replaced when named.
+
+    Returns:
+        `[B, HQ, L, D]`.
+
+    Raises:
+        ValueError: Shapes, dtypes or `impl` do not fit.
+    """
+    _check("sparse_attention", q, k, v)
+    _check_impl("sparse_attention", impl)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if prompt_tokens is None or pattern.name == "streaming":
+        return streaming.attend(q, k, v, pattern, scale)
+    if pattern.name == "triangle":
+        return streaming.triangle(q, k, v, pattern, prompt_tokens, scale)
+    return xattention.attend(q, k, v, pattern, scale)

@@ -1,0 +1,176 @@
+"""Exact prefill, layer by layer: every layer sees the whole prompt's ends before it is routed.
+
+Stock mlx-lm runs all layers over one chunk of the prompt, then the next chunk; a router would have to decide before
+the prompt's end has reached its layer. Here each layer in turn is decided from the pooled queries of the whole
+prompt, then runs over all chunks. That costs one buffer of hidden states `[L, hidden]`, and nothing else changes: the
+chunks are stock's, and each is computed by the stock model's own forward pass in which all other layers are skipped.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from flux_mlx.cache import CacheList
+from flux_mlx.models import RoutedAttention
+from flux_mlx.router import decide
+
+DEFAULT_STEP_TOKENS = 2048
+
+
+class _Skipped:
+    """A layer that hands the hidden states through. Other attributes are the real layer's."""
+
+    def __init__(self, layer: nn.Module):
+        self._layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def __call__(self, h: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        return h
+
+
+class _Receiver(_Skipped):
+    """The first layer's place: keeps the hidden states that it is handed."""
+
+    def __call__(self, h: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        self.hidden = h
+        return h
+
+
+class _Active(_Skipped):
+    """The one layer that runs: on `hidden`, whatever the stock loop hands it."""
+
+    def __init__(self, layer: nn.Module, hidden: mx.array):
+        super().__init__(layer)
+        self._hidden = hidden
+
+    def __call__(self, h: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        self.out = self._layer(self._hidden, *args, **kwargs)
+        return h
+
+
+class _Probe:
+    """Stands in for an attention module and keeps its input."""
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        self.x = x
+        return mx.zeros_like(x)
+
+
+def _attention_input(layer: nn.Module, hidden: mx.array) -> mx.array:
+    """What the layer's attention module would get: `[1, L, hidden]`, norms of the family included."""
+    view = copy.copy(layer)
+    view.self_attn = probe = _Probe()
+    view(hidden, None, None)
+    return probe.x
+
+
+def _run_layer(inner: nn.Module, index: int, tokens: mx.array, hidden: mx.array, entry: Any) -> mx.array:
+    """One layer over one chunk, within the stock forward pass, which makes the masks: `[1, L, hidden]`.
+
+    Every cache entry is the running layer's, so that a mask is made for its offset whatever entry the family asks.
+    """
+    view = copy.copy(inner)
+    active = _Active(inner.layers[index], hidden)
+    view.layers = [active if i == index else _Skipped(layer) for i, layer in enumerate(inner.layers)]
+    view(tokens, [entry] * len(view.layers))
+    return active.out
+
+
+def _embed(inner: nn.Module, tokens: mx.array, entry: Any) -> mx.array:
+    """Hidden states that the first layer gets: `[1, L, hidden]`, the family's scaling included."""
+    view = copy.copy(inner)
+    probe = _Receiver(inner.layers[0])
+    view.layers = [probe] + [_Skipped(layer) for layer in inner.layers[1:]]
+    view(tokens, [entry] * len(view.layers))
+    return probe.hidden
+
+
+def _ends(chunks: list[mx.array], pool_tokens: int) -> tuple[mx.array, mx.array]:
+    """First and last `pool_tokens` rows (or all) of the hidden states held in chunks `[1, ., hidden]`."""
+    head, tail = [], []
+    for rows, ordered in ((head, chunks), (tail, chunks[::-1])):
+        for chunk in ordered:
+            if sum(part.shape[1] for part in rows) < pool_tokens:
+                rows.append(chunk)
+    head, tail = mx.concatenate(head, axis=1), mx.concatenate(tail[::-1], axis=1)
+    return head[:, :pool_tokens], tail[:, -pool_tokens:]
+
+
+def _route_layer(layer: nn.Module, entry: CacheList, chunks: list[mx.array]) -> None:
+    """Decide the layer's route from both ends of the prompt, unless it is forced."""
+    attn: Any = layer.self_attn
+    if attn.forced is None:
+        head, tail = (_attention_input(layer, end) for end in _ends(chunks, attn.flux.router.pool_tokens))
+        entry.feed(0, attn.query_rows(head), attn.query_rows(tail), sum(chunk.shape[1] for chunk in chunks))
+        entry.decide(decide(attn.router(entry.pooled())), [True])
+
+
+def prefill(
+    model: nn.Module,
+    prompt: mx.array,
+    cache: list[Any],
+    *,
+    prefill_step_size: int = DEFAULT_STEP_TOKENS,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+) -> mx.array:
+    """Run all of the prompt but its last token through the model, each layer routed on the whole prompt.
+
+    Args:
+        model: A Flux model (or a stock one, which is then prefilled layer by layer without routing).
+        prompt: int `[L]`, L >= 1: the new tokens, which follow those that `cache` holds.
+        cache: From `model.make_cache()`, for one row. Updated in place; its routes are set.
+        prefill_step_size: Tokens of a chunk. The routes do not depend on it.
+        prompt_progress_callback: Called with (layers done, layers) before the first layer and after each.
+
+    Returns:
+        int `[1]`: the last token, to be fed to `mlx_lm.generate_step` with the same cache.
+
+    Raises:
+        ValueError: Empty prompt, a batch cache, a step below 1, or a cache of another length than the model.
+    """
+    tokens = prompt[:-1]
+    if prompt.ndim != 1 or prompt.size < 1:
+        raise ValueError(f"[prefill] prompt must be int [L] with L >= 1, got shape {tuple(prompt.shape)}.")
+    if prefill_step_size < 1:
+        raise ValueError(f"[prefill] prefill_step_size must be 1 or more, got {prefill_step_size}.")
+    if len(cache) != len(model.layers):
+        raise ValueError(f"[prefill] the cache has {len(cache)} entries, the model {len(model.layers)} layers.")
+    report = prompt_progress_callback or (lambda done, total: None)
+    report(0, len(cache))
+    chunks = [tokens[None, i : i + prefill_step_size] for i in range(0, tokens.size, prefill_step_size)]
+    hidden: list[mx.array | None] = [None] * len(chunks)
+    for index, entry in enumerate(cache if chunks else []):
+        hidden = _prefill_layer(model, index, entry, chunks, hidden)
+        report(index + 1, len(cache))
+    return prompt[-1:]
+
+
+def _prefill_layer(
+    model: nn.Module, index: int, entry: Any, chunks: list[mx.array], hidden: list[mx.array | None]
+) -> list[mx.array]:
+    """One layer over all chunks: hidden states in (None: the embedding of the tokens), hidden states out."""
+    layer, is_last = model.layers[index], index == len(model.layers) - 1
+    CacheList.adopt(entry)
+    routed = isinstance(entry, CacheList) and isinstance(getattr(layer, "self_attn", None), RoutedAttention)
+    if hidden[0] is None:
+        hidden = [_embed(model.model, chunk, entry) for chunk in chunks]
+    if routed:
+        _route_layer(layer, entry, hidden)
+        entry.pinned = entry.offset + sum(chunk.shape[1] for chunk in chunks) + 1
+    try:
+        for i, chunk in enumerate(chunks):
+            out = _run_layer(model.model, index, chunk, hidden[i], entry)
+            mx.eval(entry.state, [] if is_last else out)  # of the last layer only keys and values are needed
+            hidden[i] = out
+            mx.clear_cache()
+    finally:
+        if routed:
+            entry.pinned = None
+    return hidden

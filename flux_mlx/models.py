@@ -1,0 +1,296 @@
+"""Routing hung onto mlx-lm's own models: one class for every family, no copies of their code.
+
+A routed layer that computes full attention runs the stock attention module as it is. Only sparse attention needs to
+know where a family keeps its projections, norms and rotary embedding: `project` below is that seam.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import sys
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import scaled_dot_product_attention
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+from flux_mlx.attention import sparse_attention
+from flux_mlx.cache import CacheList, describe_routes
+from flux_mlx.router import LayerRouter, decide
+from flux_mlx.spec import FluxConfig, Route, parse_route
+from flux_mlx.spec.config import RoutePolicy
+from flux_mlx.streaming import compact
+
+
+def project(attn: nn.Module, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Queries, keys and values before RoPE, `[B, L, H, D]` each, of the attention input `[B, L, hidden]`."""
+    if "qkv_proj" in attn:
+        head_dim = _head_dim(attn)
+        cuts = [attn.n_heads * head_dim, (attn.n_heads + attn.n_kv_heads) * head_dim]
+        q, k, v = mx.split(attn.qkv_proj(x), cuts, axis=-1)
+    else:
+        q, k, v = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
+    q = _norm_heads(attn.get("q_norm"), q, attn.n_heads)
+    k = _norm_heads(attn.get("k_norm"), k, attn.n_kv_heads)
+    return q, k, v.reshape(*v.shape[:2], attn.n_kv_heads, -1)
+
+
+def project_queries(attn: nn.Module, x: mx.array) -> mx.array:
+    """Only the queries of `project`."""
+    if "qkv_proj" in attn:
+        return project(attn, x)[0]
+    return _norm_heads(attn.get("q_norm"), attn.q_proj(x), attn.n_heads)
+
+
+def _norm_heads(norm: nn.Module | None, x: mx.array, heads: int) -> mx.array:
+    """[B, L, H*D] to [B, L, H, D], normed over D or over H*D, whichever the norm's weight fits."""
+    split = x.reshape(*x.shape[:2], heads, -1)
+    if norm is None:
+        return split
+    if norm.weight.shape[-1] == split.shape[-1]:
+        return norm(split)
+    return norm(x).reshape(split.shape)
+
+
+def _head_dim(attn: nn.Module) -> int:
+    if "qkv_proj" in attn:
+        return attn.qkv_proj.weight.shape[0] // (attn.n_heads + 2 * attn.n_kv_heads)
+    return attn.q_proj.weight.shape[0] // attn.n_heads
+
+
+def is_routable(attn: Any, entry: object) -> bool:
+    """Whether the seam fits an attention module whose stock cache entry is `entry`.
+
+    Refused: sliding windows (their cache is no plain KVCache), learned sink logits, gated or latent attention.
+    """
+    if type(entry) is not KVCache or not isinstance(attn, nn.Module) or "sinks" in attn:
+        return False
+    if not all(hasattr(attn, name) for name in ("n_heads", "n_kv_heads", "scale", "rope", "o_proj")):
+        return False
+    if "qkv_proj" not in attn and not all(name in attn for name in ("q_proj", "k_proj", "v_proj")):
+        return False
+    if "qkv_proj" in attn:
+        return attn.qkv_proj.weight.shape[0] % (attn.n_heads + 2 * attn.n_kv_heads) == 0
+    per_head = {attn.q_proj.weight.shape[0] / attn.n_heads}
+    per_head |= {attn[name].weight.shape[0] / attn.n_kv_heads for name in ("k_proj", "v_proj")}
+    return len(per_head) == 1
+
+
+class RoutedAttention:
+    """Mixed in front of a stock attention class: routes a prompt, then computes what the route says.
+
+    Attributes:
+        router: The layer's `LayerRouter`.
+        flux: Settings shared by the layers of the model.
+        forced: Route that stands in for the router's decision, or None.
+    """
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        if not isinstance(cache, CacheList):
+            return super().__call__(x, mask, cache)
+        self.route(x, cache)
+        sparse = [route == Route.SPARSE for route in cache.routes]
+        if not any(sparse) or (len(sparse) == 1 and self.flux.pattern.is_dense(cache.offset + x.shape[1])):
+            return super().__call__(x, mask, cache.kv)
+        return self.attend(x, mask, cache, sparse)
+
+    def route(self, x: mx.array, cache: CacheList) -> None:
+        """Pool this call's prompt tokens and decide, unless the call is too short or the route is fixed."""
+        if self.forced is not None:
+            cache.set_routes([self.forced] * len(cache.counters))
+        elif cache.pinned is None:
+            lengths = cache.row_lengths(x.shape[1])
+            pooled = [n >= self.flux.router.min_prefill_tokens for n in lengths]
+            cache.skip([0 if is_pooled else n for n, is_pooled in zip(lengths, pooled, strict=True)])
+            for row, (n, is_pooled) in enumerate(zip(lengths, pooled, strict=True)):
+                if is_pooled:
+                    self.pool(x[row : row + 1, :n], cache, row)
+            if any(pooled):
+                cache.decide(decide(self.router(cache.pooled())), pooled)
+        cache.caches[1].advance(x.shape[1])
+
+    def pool(self, x: mx.array, cache: CacheList, row: int) -> None:
+        """Pool the attention inputs `[1, L, hidden]` of one row's prompt tokens."""
+        P = self.flux.router.pool_tokens
+        cache.feed(row, self.query_rows(x[:, :P]), self.query_rows(x[:, -P:]), x.shape[1])
+
+    def query_rows(self, x: mx.array) -> mx.array:
+        """Queries before RoPE, averaged over heads: `[1, L, hidden]` to float32 `[L, D]`."""
+        return project_queries(self, x)[0].astype(mx.float32).mean(axis=1)
+
+    def attend(self, x: mx.array, mask: Any, cache: CacheList, sparse: list[bool]) -> mx.array:
+        """Attention with at least one sparse row, output projection included."""
+        offset = cache.offset
+        q, k, v = (part.swapaxes(1, 2) for part in project(self, x))  # [B, H, L, D]
+        q, k = self.rope(q, offset=offset), self.rope(k, offset=offset)
+        k, v = cache.kv.update_and_fetch(k, v)
+        if len(sparse) == 1:
+            out = self.attend_sparse(q, k, v, cache, cache.pinned)
+        else:
+            rows = zip(sparse, cache.left_padding(), strict=True)
+            out = mx.concatenate([self._attend_row(q, k, v, mask, cache, row, *how) for row, how in enumerate(rows)])
+        return self.o_proj(out.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+
+    def attend_sparse(self, q: mx.array, k: Any, v: Any, cache: CacheList, prompt_tokens: int | None) -> mx.array:
+        """One row's sparse attention; of quantised keys only the visible ones are dequantised."""
+        pattern = self.flux.pattern
+        if hasattr(cache.kv, "bits"):
+            if prompt_tokens is None or pattern.name == "streaming":
+                k, v = (tuple(compact(part, pattern, q.shape[2]) for part in x) for x in (k, v))
+            sizes = {"group_size": cache.kv.group_size, "bits": cache.kv.bits}
+            k, v = (mx.dequantize(*x, **sizes).astype(q.dtype) for x in (k, v))
+        return sparse_attention(q, k, v, pattern, prompt_tokens=prompt_tokens, scale=self.scale)
+
+    def _attend_row(
+        self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: CacheList, row: int, sparse: bool, padding: int
+    ) -> mx.array:
+        q, k, v = (part[row : row + 1] for part in (q, k, v))
+        if sparse:
+            return self.attend_sparse(q, k[:, :, padding:], v[:, :, padding:], cache, None)
+        mask = mask[row : row + 1] if isinstance(mask, mx.array) and mask.ndim == 4 else mask
+        return scaled_dot_product_attention(q, k, v, cache=cache.kv, scale=self.scale, mask=mask)
+
+
+class FluxModel:
+    """Mixed in front of a stock model class: caches, weights and settings of a routed model."""
+
+    def make_cache(self) -> list[Any]:
+        """The stock cache, with a routed cache for every routed layer."""
+        pool_tokens = self.flux.router.pool_tokens
+        entries = self._stock_cache()
+        for i, attn in routed_layers(self).items():
+            entries[i] = CacheList.new(_head_dim(attn), pool_tokens)
+        return entries
+
+    def _stock_cache(self) -> list[Any]:
+        stock = getattr(super(), "make_cache", None)
+        return stock() if stock else [KVCache() for _ in self.layers]
+
+    @property
+    def cast_predicate(self):
+        """For `mlx_lm.convert`: routers keep their dtype."""
+        stock = getattr(super(), "cast_predicate", lambda _: True)
+        return lambda name: ".router." not in name and stock(name)
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The stock model's renaming; router weights pass through it."""
+        stock = getattr(super(), "sanitize", lambda w: w)
+        routers = {name: weight for name, weight in weights.items() if ".self_attn.router." in name}
+        return stock({name: weight for name, weight in weights.items() if name not in routers}) | routers
+
+
+def _checked_call(stock: type) -> Any:
+    """`stock.__call__` behind a check of the cache; the signature stays, because mlx-lm reads it."""
+
+    @functools.wraps(stock.__call__)
+    def call(self, *args: Any, **kwargs: Any) -> mx.array:
+        cache = kwargs.get("cache", args[1] if len(args) > 1 else None)
+        if cache is None:
+            return stock.__call__(self, *args, **kwargs)
+        if len(cache) != len(self.layers):
+            raise ValueError(f"[FluxModel] the cache has {len(cache)} entries, the model {len(self.layers)} layers.")
+        for entry in cache:
+            CacheList.adopt(entry)
+        before = describe_routes(cache) if self.flux_show else ""
+        out = stock.__call__(self, *args, **kwargs)
+        if self.flux_show and (after := describe_routes(cache)) != before:
+            print(f"flux: {after}", file=sys.stderr)
+        return out
+
+    return call
+
+
+@functools.cache
+def _mixed(mixin: type, stock: type) -> type:
+    members = {"__call__": _checked_call(stock)} if mixin is FluxModel else {}
+    return type(f"Flux{stock.__name__}", (mixin, stock), {"__module__": stock.__module__, **members})
+
+
+def routed_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """The routed attention modules of a model, by layer index."""
+    attns = {i: getattr(layer, "self_attn", None) for i, layer in enumerate(model.layers)}
+    return {i: attn for i, attn in attns.items() if isinstance(attn, RoutedAttention)}
+
+
+def apply(model: nn.Module, config: FluxConfig) -> nn.Module:
+    """Make a loaded mlx-lm model route, in place. Its weights and their names stay; fresh routers are added.
+
+    Args:
+        model: A model of mlx-lm, quantised or not. Layers without Llama-like attention stay as they are.
+        config: Settings. `FLUX_MLX_ROUTE` in the environment overrides its route.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: No layer can be routed, or the route names a layer that is not there.
+    """
+    if isinstance(model, FluxModel):
+        raise ValueError("[apply] the model is a Flux model already; change its routes with set_route.")
+    if not hasattr(model, "layers"):
+        raise ValueError(f"[apply] {type(model).__name__} has no layers that could be routed.")
+    config.check_layers(len(model.layers))
+    attns = {i: getattr(layer, "self_attn", None) for i, layer in enumerate(model.layers)}
+    entries = make_prompt_cache(model)
+    chosen = {i: attn for i, attn in attns.items() if is_routable(attn, entries[i])}
+    if not chosen:
+        raise ValueError(f"[apply] {type(model).__module__} has no layer with Llama-like global attention to route.")
+    for i, attn in chosen.items():
+        attn.__class__ = _mixed(RoutedAttention, type(attn))
+        attn.router = LayerRouter(_head_dim(attn), config.router, seed=i)
+        attn.flux = config
+    model.__class__ = _mixed(FluxModel, type(model))
+    model.flux = config
+    model.flux_show = os.environ.get("FLUX_MLX_SHOW_ROUTES", "") not in ("", "0")
+    set_route(model, parse_route(os.environ["FLUX_MLX_ROUTE"]) if "FLUX_MLX_ROUTE" in os.environ else config.route)
+    return model
+
+
+def set_route(model: nn.Module, policy: RoutePolicy) -> None:
+    """Choose how layers are routed from now on.
+
+    Args:
+        model: A Flux model.
+        policy: "auto" (the routers decide), "full", "sparse", or the full layers (the other routed ones are sparse).
+
+    Raises:
+        ValueError: A layer of the list is not a routed layer of the model.
+    """
+    routed = routed_layers(model)
+    wrong = [] if isinstance(policy, str) else sorted(set(policy) - set(routed))
+    if wrong:
+        raise ValueError(f"[set_route] {wrong} are not routed layers; the model routes layers {sorted(routed)}.")
+    words = {"auto": None, "full": Route.FULL, "sparse": Route.SPARSE}
+    for i, attn in routed.items():
+        attn.forced = words[policy] if isinstance(policy, str) else Route.FULL if i in policy else Route.SPARSE
+
+
+class ModelArgs:
+    """The whole config.json of a Flux model directory, as mlx-lm's loader asks for it."""
+
+    def __init__(self, config: dict[str, Any]):
+        if "flux" not in config:
+            raise ValueError("[ModelArgs] config.json has no flux section; make the directory with flux_mlx.convert.")
+        self.config = config
+        self.flux = FluxConfig.from_dict(config["flux"])
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> ModelArgs:
+        """The form of the call in mlx-lm."""
+        return cls(config)
+
+
+def Model(args: ModelArgs) -> nn.Module:  # noqa: N802 (mlx-lm's loader asks for this name)
+    """Build the stock model of the config's `model_type` and make it route."""
+    from mlx_lm.utils import _get_classes
+
+    stock_model, stock_args = _get_classes({**args.config, "model_file": None})
+    return apply(stock_model(stock_args.from_dict(args.config)), args.flux)
+
+
+def supports_input_embeddings(model: nn.Module) -> bool:
+    """Whether the stock model takes `input_embeddings`."""
+    return "input_embeddings" in inspect.signature(type(model).__call__).parameters

@@ -1,0 +1,65 @@
+"""LayerRouter in MLX: the same steps, names and parameters as `flux_mlx.spec.router`."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from flux_mlx.spec import Route, RouterConfig
+from flux_mlx.spec.router import init_weights
+
+
+class Affine(nn.Module):
+    """y = x W^T + b in float32. Not an `nn.Linear`, so that quantisation, casting and LoRA pass it by."""
+
+    def __init__(self, weight: mx.array, bias: mx.array):
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.addmm(self.bias.astype(mx.float32), x, self.weight.astype(mx.float32).T)
+
+
+class LayerRouter(nn.Module):
+    """Decides from the pooled queries of a prompt whether its layer computes full or sparse attention.
+
+    Args:
+        head_dim: D.
+        config: Pool size and the bias of a fresh router.
+        seed: Seed of the fresh weights.
+    """
+
+    def __init__(self, head_dim: int, config: RouterConfig, seed: int = 0):
+        super().__init__()
+        fresh = init_weights(head_dim, config, np.random.default_rng(seed))
+
+        def affine(name: str) -> Affine:
+            return Affine(mx.array(fresh[f"{name}.weight"]), mx.array(fresh[f"{name}.bias"]))
+
+        self.encoder = [affine("encoder.0"), nn.SiLU(), affine("encoder.2")]
+        self.head = [affine("head.0"), nn.SiLU(), affine("head.2"), nn.SiLU(), affine("head.4")]
+
+    def __call__(self, pooled: mx.array) -> mx.array:
+        """Route logits, float32 `[B, 2]` (0 speaks for SPARSE, 1 for FULL), of the pooled queries `[B, D]`."""
+        x = pooled.astype(mx.float32)
+        for step in self.encoder + self.head:
+            x = step(x)
+        return x
+
+
+def pool_queries(queries: mx.array, pool_tokens: int) -> mx.array:
+    """Mean over the first and the last `pool_tokens` tokens and over the heads: `[B, L, HQ, D]` to float32 `[B, D]`."""
+    ends = mx.concatenate([queries[:, :pool_tokens], queries[:, -pool_tokens:]], axis=1)
+    return ends.astype(mx.float32).mean(axis=(1, 2))
+
+
+def p_full(logits: mx.array) -> mx.array:
+    """softmax(logits)[1], `[B]`."""
+    return mx.sigmoid(logits[:, 1] - logits[:, 0])
+
+
+def decide(logits: mx.array) -> list[Route]:
+    """FULL iff logit 1 > logit 0, row by row. Waits for the logits."""
+    return [Route.FULL if full > sparse else Route.SPARSE for sparse, full in logits.tolist()]
