@@ -7,7 +7,6 @@ know where a family keeps its projections, norms and rotary embedding: `project`
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import sys
 from typing import Any
@@ -16,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.utils import _get_classes
 
 from flux_mlx.attention import sparse_attention
 from flux_mlx.cache import CacheList, describe_routes
@@ -287,10 +287,5 @@ def Model(args: ModelArgs) -> nn.Module:  # noqa: N802 (mlx-lm's loader asks for
     """Build the stock model of the config's `model_type` and make it route."""
     from mlx_lm.utils import _get_classes
 
-    stock_model, stock_args = _get_classes({**args.config, "model_file": None})
+    stock_model, stock_args = _get_classes(args.config)
     return apply(stock_model(stock_args.from_dict(args.config)), args.flux)
-
-
-def supports_input_embeddings(model: nn.Module) -> bool:
-    """Whether the stock model takes `input_embeddings`."""
-    return "input_embeddings" in inspect.signature(type(model).__call__).parameters
