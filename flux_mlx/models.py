@@ -285,7 +285,5 @@ class ModelArgs:
 
 def Model(args: ModelArgs) -> nn.Module:  # noqa: N802 (mlx-lm's loader asks for this name)
     """Build the stock model of the config's `model_type` and make it route."""
-    from mlx_lm.utils import _get_classes
-
     stock_model, stock_args = _get_classes(args.config)
     return apply(stock_model(stock_args.from_dict(args.config)), args.flux)
