@@ -97,7 +97,9 @@ def _llama3_scaling(file: GGUFFile, meta: _Metadata, theta: float, head_dim: int
     smooth = np.clip((turns - _LLAMA3_LOW) / (_LLAMA3_HIGH - _LLAMA3_LOW), 0.0, 1.0)
     expected = 1.0 / ((1.0 - smooth) / factor + smooth)
     if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-3):
-        raise meta.fail(f"{_ROPE_FACTORS} is not the table of Llama 3.1 with factor {factor}, which is all that is read")
+        raise meta.fail(
+            f"{_ROPE_FACTORS} is not the table of Llama 3.1 with factor {factor}, which is all that is read"
+        )
     return {
         "rope_type": "llama3",
         "factor": factor,
