@@ -91,11 +91,11 @@ def answer(console: Console, chat: Conversation, args: argparse.Namespace, query
             max_tokens=args.max_tokens,
             sampler=sampler_of(args, chat.tokenizer),
         )
-        response = next(responses)
+        first = next(responses)
     first_token_s = time.perf_counter() - start
     generated, text = [], ""
     try:
-        for response in itertools.chain([response], responses):
+        for response in itertools.chain([first], responses):
             generated.append(response.token)
             text += response.text
             console.print(response.text, end="", markup=False, soft_wrap=True)
