@@ -57,7 +57,7 @@ class CacheList(StockCacheList):
     @staticmethod
     def adopt(cache: object) -> None:
         """Turn a stock CacheList of our layout, as stock code loads it from a file, into ours, in place."""
-        if type(cache) is StockCacheList and len(cache.caches) == 2 and isinstance(cache.caches[1], ArraysCache):
+        if type(cache) is StockCacheList and len(cache.caches) == 2 and _is_router_state(cache.caches[1]):
             cache.__class__ = CacheList
 
     # What stock code asks of a KV cache
@@ -75,6 +75,10 @@ class CacheList(StockCacheList):
     def make_mask(self, *args, **kwargs):
         """As the KV cache inside."""
         return self.kv.make_mask(*args, **kwargs)
+
+    def size(self) -> int:
+        """Tokens held; in a batch those of the longest row, as padding makes every row that long."""
+        return self.offset if isinstance(self.offset, int) else self.kv.size()
 
     def keys_and_values(self):
         """As the KV cache inside."""
@@ -109,6 +113,7 @@ class CacheList(StockCacheList):
     @state.setter
     def state(self, value):
         StockCacheList.state.fset(self, value)
+        self._host, self._dirty, self._padding = None, False, None
 
     @classmethod
     def merge(cls, caches: list[CacheList]) -> CacheList:
@@ -148,6 +153,21 @@ class CacheList(StockCacheList):
 
     # What the router remembers
 
+    def widen(self, rows: int) -> None:
+        """Make a cache of one row serve a batch: stock code (`mlx_lm.evaluate`) feeds one to a cache made for one.
+
+        Raises:
+            ValueError: The cache holds another number of rows than `rows`, and more than one.
+        """
+        held = len(self.counters)
+        if rows == held:
+            return
+        if held != 1:
+            raise ValueError(f"[CacheList] the cache holds {held} rows, the call {rows}.")
+        self._flush()
+        self.caches[1].cache = [mx.repeat(array, rows, axis=0) for array in self.caches[1].cache]
+        self._host = self._padding = None
+
     @property
     def counters(self) -> np.ndarray:
         """The rows' counters on the host, int32 `[B, 9]`. Waits for the device once after stock code changed them."""
@@ -168,13 +188,13 @@ class CacheList(StockCacheList):
 
     def offsets(self) -> list[int]:
         """The rows' real tokens so far, on the host."""
-        return [self.offset] if isinstance(self.offset, int) else self.offset.tolist()
+        return [self.offset] * len(self.counters) if isinstance(self.offset, int) else self.offset.tolist()
 
     def left_padding(self) -> list[int]:
-        """The rows' left padding on the host; zeros for a single row."""
+        """The rows' left padding on the host; zeros for a KV cache without padding."""
         if self._padding is None:
             padding = getattr(self.kv, "left_padding", None)
-            self._padding = [0] if padding is None else padding.tolist()
+            self._padding = [0] * len(self.counters) if padding is None else padding.tolist()
         return self._padding
 
     def row_lengths(self, tokens: int) -> list[int]:
@@ -264,6 +284,14 @@ class CacheList(StockCacheList):
             counters[Counter.END] = max(0, offset)
             counters[[Counter.ROUTE, Counter.RECENT, Counter.TURN, Counter.BOUND, Counter.SHORT_CALLS]] = 0
         self._dirty = True
+
+
+def _is_router_state(cache: object) -> bool:
+    """Whether a cache is the second half of ours. Other families keep arrays of their own beside keys and values."""
+    if not isinstance(cache, ArraysCache) or len(cache.cache) != 3:
+        return False
+    counters = cache[0]
+    return isinstance(counters, mx.array) and counters.dtype == mx.int32 and counters.shape[1:] == (len(Counter),)
 
 
 def _with_row(x: mx.array, row: int, value: mx.array) -> mx.array:

@@ -17,7 +17,6 @@ import mlx.nn as nn
 
 from flux_mlx.cache import CacheList
 from flux_mlx.models import RoutedAttention
-from flux_mlx.router import decide
 
 DEFAULT_STEP_TOKENS = 2048
 
@@ -71,24 +70,29 @@ def _attention_input(layer: nn.Module, hidden: mx.array) -> mx.array:
     return probe.x
 
 
-def _run_layer(inner: nn.Module, index: int, tokens: mx.array, hidden: mx.array, entry: Any) -> mx.array:
-    """One layer over one chunk, within the stock forward pass, which makes the masks: `[1, L, hidden]`.
+def _entries(cache: list[Any], index: int) -> list[Any]:
+    """`cache` with layer `index`'s entry in every place of its kind.
 
-    Every cache entry is the running layer's, so that a mask is made for its offset whatever entry the family asks.
+    A family makes one mask for all layers of a kind, from the first one's entry: it must be made for this offset.
     """
+    return [cache[index] if type(entry) is type(cache[index]) else entry for entry in cache]
+
+
+def _run_layer(inner: nn.Module, index: int, tokens: mx.array, hidden: mx.array, cache: list[Any]) -> mx.array:
+    """One layer over one chunk, within the stock forward pass, which makes the masks: `[1, L, hidden]`."""
     view = copy.copy(inner)
     active = _Active(inner.layers[index], hidden)
     view.layers = [active if i == index else _Skipped(layer) for i, layer in enumerate(inner.layers)]
-    view(tokens, [entry] * len(view.layers))
+    view(tokens, _entries(cache, index))
     return active.out
 
 
-def _embed(inner: nn.Module, tokens: mx.array, entry: Any) -> mx.array:
+def _embed(inner: nn.Module, tokens: mx.array, cache: list[Any]) -> mx.array:
     """Hidden states that the first layer gets: `[1, L, hidden]`, the family's scaling included."""
     view = copy.copy(inner)
     probe = _Receiver(inner.layers[0])
     view.layers = [probe] + [_Skipped(layer) for layer in inner.layers[1:]]
-    view(tokens, [entry] * len(view.layers))
+    view(tokens, _entries(cache, 0))
     return probe.hidden
 
 
@@ -109,7 +113,7 @@ def _route_layer(layer: nn.Module, entry: CacheList, chunks: list[mx.array]) -> 
     if attn.forced is None:
         head, tail = (_attention_input(layer, end) for end in _ends(chunks, attn.flux.router.pool_tokens))
         entry.feed(0, attn.query_rows(head), attn.query_rows(tail), sum(chunk.shape[1] for chunk in chunks))
-        entry.decide(decide(attn.router(entry.pooled())), [True])
+        entry.decide(attn.decide(entry), [True])
 
 
 def prefill(
@@ -146,27 +150,28 @@ def prefill(
     report(0, len(cache))
     chunks = [tokens[None, i : i + prefill_step_size] for i in range(0, tokens.size, prefill_step_size)]
     hidden: list[mx.array | None] = [None] * len(chunks)
-    for index, entry in enumerate(cache if chunks else []):
-        hidden = _prefill_layer(model, index, entry, chunks, hidden)
+    for entry in cache:
+        CacheList.adopt(entry)
+    for index in range(len(cache) if chunks else 0):
+        hidden = _prefill_layer(model, index, cache, chunks, hidden)
         report(index + 1, len(cache))
     return prompt[-1:]
 
 
 def _prefill_layer(
-    model: nn.Module, index: int, entry: Any, chunks: list[mx.array], hidden: list[mx.array | None]
+    model: nn.Module, index: int, cache: list[Any], chunks: list[mx.array], hidden: list[mx.array | None]
 ) -> list[mx.array]:
     """One layer over all chunks: hidden states in (None: the embedding of the tokens), hidden states out."""
-    layer, is_last = model.layers[index], index == len(model.layers) - 1
-    CacheList.adopt(entry)
+    layer, entry, is_last = model.layers[index], cache[index], index == len(model.layers) - 1
     routed = isinstance(entry, CacheList) and isinstance(getattr(layer, "self_attn", None), RoutedAttention)
     if hidden[0] is None:
-        hidden = [_embed(model.model, chunk, entry) for chunk in chunks]
+        hidden = [_embed(model.model, chunk, cache) for chunk in chunks]
     if routed:
         _route_layer(layer, entry, hidden)
         entry.pinned = entry.offset + sum(chunk.shape[1] for chunk in chunks) + 1
     try:
         for i, chunk in enumerate(chunks):
-            out = _run_layer(model.model, index, chunk, hidden[i], entry)
+            out = _run_layer(model.model, index, chunk, hidden[i], cache)
             mx.eval(entry.state, [] if is_last else out)  # of the last layer only keys and values are needed
             hidden[i] = out
             mx.clear_cache()

@@ -1,82 +1,32 @@
 """Routing hung onto mlx-lm's own models: one class for every family, no copies of their code.
 
 A routed layer that computes full attention runs the stock attention module as it is. Only sparse attention needs to
-know where a family keeps its projections, norms and rotary embedding: `project` below is that seam.
+know where a family keeps its projections, norms and rotary embedding: `flux_mlx.families` is that seam.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import _get_classes
 
 from flux_mlx.attention import sparse_attention
 from flux_mlx.cache import CacheList, describe_routes
-from flux_mlx.router import LayerRouter, decide
+from flux_mlx.families import ATTENTION_MODULES, head_dim, is_routable, project, project_queries, rotate
+from flux_mlx.router import Affine, LayerRouter, decide
 from flux_mlx.spec import FluxConfig, Route, parse_route
 from flux_mlx.spec.config import RoutePolicy
 from flux_mlx.streaming import compact
-
-
-def project(attn: nn.Module, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Queries, keys and values before RoPE, `[B, L, H, D]` each, of the attention input `[B, L, hidden]`."""
-    if "qkv_proj" in attn:
-        head_dim = _head_dim(attn)
-        cuts = [attn.n_heads * head_dim, (attn.n_heads + attn.n_kv_heads) * head_dim]
-        q, k, v = mx.split(attn.qkv_proj(x), cuts, axis=-1)
-    else:
-        q, k, v = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
-    q = _norm_heads(attn.get("q_norm"), q, attn.n_heads)
-    k = _norm_heads(attn.get("k_norm"), k, attn.n_kv_heads)
-    return q, k, v.reshape(*v.shape[:2], attn.n_kv_heads, -1)
-
-
-def project_queries(attn: nn.Module, x: mx.array) -> mx.array:
-    """Only the queries of `project`."""
-    if "qkv_proj" in attn:
-        return project(attn, x)[0]
-    return _norm_heads(attn.get("q_norm"), attn.q_proj(x), attn.n_heads)
-
-
-def _norm_heads(norm: nn.Module | None, x: mx.array, heads: int) -> mx.array:
-    """[B, L, H*D] to [B, L, H, D], normed over D or over H*D, whichever the norm's weight fits."""
-    split = x.reshape(*x.shape[:2], heads, -1)
-    if norm is None:
-        return split
-    if norm.weight.shape[-1] == split.shape[-1]:
-        return norm(split)
-    return norm(x).reshape(split.shape)
-
-
-def _head_dim(attn: nn.Module) -> int:
-    if "qkv_proj" in attn:
-        return attn.qkv_proj.weight.shape[0] // (attn.n_heads + 2 * attn.n_kv_heads)
-    return attn.q_proj.weight.shape[0] // attn.n_heads
-
-
-def is_routable(attn: Any, entry: object) -> bool:
-    """Whether the seam fits an attention module whose stock cache entry is `entry`.
-
-    Refused: sliding windows (their cache is no plain KVCache), learned sink logits, gated or latent attention.
-    """
-    if type(entry) is not KVCache or not isinstance(attn, nn.Module) or "sinks" in attn:
-        return False
-    if not all(hasattr(attn, name) for name in ("n_heads", "n_kv_heads", "scale", "rope", "o_proj")):
-        return False
-    if "qkv_proj" not in attn and not all(name in attn for name in ("q_proj", "k_proj", "v_proj")):
-        return False
-    if "qkv_proj" in attn:
-        return attn.qkv_proj.weight.shape[0] % (attn.n_heads + 2 * attn.n_kv_heads) == 0
-    per_head = {attn.q_proj.weight.shape[0] / attn.n_heads}
-    per_head |= {attn[name].weight.shape[0] / attn.n_kv_heads for name in ("k_proj", "v_proj")}
-    return len(per_head) == 1
 
 
 class RoutedAttention:
@@ -86,14 +36,18 @@ class RoutedAttention:
         router: The layer's `LayerRouter`.
         flux: Settings shared by the layers of the model.
         forced: Route that stands in for the router's decision, or None.
+        group: The ranks that share the layer's heads, or None.
     """
+
+    group: mx.distributed.Group | None = None
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         if not isinstance(cache, CacheList):
             return super().__call__(x, mask, cache)
+        cache.widen(x.shape[0])
         self.route(x, cache)
         sparse = [route == Route.SPARSE for route in cache.routes]
-        if not any(sparse) or (len(sparse) == 1 and self.flux.pattern.is_dense(cache.offset + x.shape[1])):
+        if not any(sparse) or self.flux.pattern.is_dense(cache.size() + x.shape[1]):
             return super().__call__(x, mask, cache.kv)
         return self.attend(x, mask, cache, sparse)
 
@@ -109,7 +63,7 @@ class RoutedAttention:
                 if is_pooled:
                     self.pool(x[row : row + 1, :n], cache, row)
             if any(pooled):
-                cache.decide(decide(self.router(cache.pooled())), pooled)
+                cache.decide(self.decide(cache), pooled)
         cache.caches[1].advance(x.shape[1])
 
     def pool(self, x: mx.array, cache: CacheList, row: int) -> None:
@@ -118,25 +72,41 @@ class RoutedAttention:
         cache.feed(row, self.query_rows(x[:, :P]), self.query_rows(x[:, -P:]), x.shape[1])
 
     def query_rows(self, x: mx.array) -> mx.array:
-        """Queries before RoPE, averaged over heads: `[1, L, hidden]` to float32 `[L, D]`."""
-        return project_queries(self, x)[0].astype(mx.float32).mean(axis=1)
+        """Queries before RoPE, averaged over the heads of all ranks: `[1, L, hidden]` to float32 `[L, D]`."""
+        rows = project_queries(self, x)[0].astype(mx.float32).mean(axis=1)
+        return rows if self.group is None else mx.distributed.all_sum(rows, group=self.group) / self.group.size()
+
+    def decide(self, cache: CacheList) -> list[Route]:
+        """The router's decision for every row of the cache; that of rank 0, so that all ranks take the same."""
+        logits = self.router(cache.pooled())
+        if self.group is not None:
+            logits = mx.distributed.all_sum(logits * (self.group.rank() == 0), group=self.group)
+        return decide(logits)
 
     def attend(self, x: mx.array, mask: Any, cache: CacheList, sparse: list[bool]) -> mx.array:
         """Attention with at least one sparse row, output projection included."""
         offset = cache.offset
         q, k, v = (part.swapaxes(1, 2) for part in project(self, x))  # [B, H, L, D]
-        q, k = self.rope(q, offset=offset), self.rope(k, offset=offset)
+        q, k = rotate(self, q, offset), rotate(self, k, offset)
         k, v = cache.kv.update_and_fetch(k, v)
-        if len(sparse) == 1:
-            out = self.attend_sparse(q, k, v, cache, cache.pinned)
-        else:
-            rows = zip(sparse, cache.left_padding(), strict=True)
-            out = mx.concatenate([self._attend_row(q, k, v, mask, cache, row, *how) for row, how in enumerate(rows)])
+        outputs = [self.attend_rows(rows, q, k, v, mask, cache, *how) for rows, how in row_groups(cache, sparse)]
+        out = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
         return self.o_proj(out.swapaxes(1, 2).reshape(*x.shape[:2], -1))
 
-    def attend_sparse(self, q: mx.array, k: Any, v: Any, cache: CacheList, prompt_tokens: int | None) -> mx.array:
-        """One row's sparse attention; of quantised keys only the visible ones are dequantised."""
-        pattern = self.flux.pattern
+    def attend_rows(
+        self, rows: slice, q: mx.array, k: Any, v: Any, mask: Any, cache: CacheList, sparse: bool, padding: int
+    ) -> mx.array:
+        """Attention of consecutive rows of a batch that take the same route."""
+        q = q[rows]
+        k, v = (tree_map(lambda part: part[rows, :, padding:], x) for x in (k, v))
+        if sparse:
+            return self.attend_sparse(q, k, v, cache)
+        mask = mask[rows] if isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[0] > 1 else mask
+        return scaled_dot_product_attention(q, k, v, cache=cache.kv, scale=self.scale, mask=mask)
+
+    def attend_sparse(self, q: mx.array, k: Any, v: Any, cache: CacheList) -> mx.array:
+        """Sparse attention over keys without padding; of quantised keys only the visible ones are dequantised."""
+        pattern, prompt_tokens = self.flux.pattern, cache.pinned
         if hasattr(cache.kv, "bits"):
             if prompt_tokens is None or pattern.name == "streaming":
                 k, v = (tuple(compact(part, pattern, q.shape[2]) for part in x) for x in (k, v))
@@ -144,14 +114,18 @@ class RoutedAttention:
             k, v = (mx.dequantize(*x, **sizes).astype(q.dtype) for x in (k, v))
         return sparse_attention(q, k, v, pattern, prompt_tokens=prompt_tokens, scale=self.scale)
 
-    def _attend_row(
-        self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: CacheList, row: int, sparse: bool, padding: int
-    ) -> mx.array:
-        q, k, v = (part[row : row + 1] for part in (q, k, v))
-        if sparse:
-            return self.attend_sparse(q, k[:, :, padding:], v[:, :, padding:], cache, None)
-        mask = mask[row : row + 1] if isinstance(mask, mx.array) and mask.ndim == 4 else mask
-        return scaled_dot_product_attention(q, k, v, cache=cache.kv, scale=self.scale, mask=mask)
+
+def row_groups(cache: CacheList, sparse: list[bool]) -> Iterator[tuple[slice, tuple[bool, int]]]:
+    """Runs of rows that one attention call can serve: (rows, (whether sparse, keys of left padding to leave out)).
+
+    Full rows keep their padding, which their mask hides; sparse rows go without, so that positions are absolute.
+    """
+    how = [(row, padding if row else 0) for row, padding in zip(sparse, cache.left_padding(), strict=True)]
+    start = 0
+    for key, run in itertools.groupby(how):
+        stop = start + len(list(run))
+        yield slice(start, stop), key
+        start = stop
 
 
 class FluxModel:
@@ -162,7 +136,7 @@ class FluxModel:
         pool_tokens = self.flux.router.pool_tokens
         entries = self._stock_cache()
         for i, attn in routed_layers(self).items():
-            entries[i] = CacheList.new(_head_dim(attn), pool_tokens)
+            entries[i] = CacheList.new(head_dim(attn), pool_tokens)
         return entries
 
     def _stock_cache(self) -> list[Any]:
@@ -174,6 +148,11 @@ class FluxModel:
         """For `mlx_lm.convert`: routers keep their dtype."""
         stock = getattr(super(), "cast_predicate", lambda _: True)
         return lambda name: ".router." not in name and stock(name)
+
+    @staticmethod
+    def trainable_parameter_filter(module: nn.Module, key: str, value: Any) -> bool:
+        """For `mlx_lm.lora`: full fine-tuning leaves routers alone, as LoRA does. They are trained elsewhere."""
+        return not isinstance(module, Affine) and nn.Module.trainable_parameter_filter(module, key, value)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """The stock model's renaming; router weights pass through it."""
@@ -203,9 +182,23 @@ def _checked_call(stock: type) -> Any:
     return call
 
 
+def _shard(stock: type) -> Any:
+    """`stock.shard`, which splits heads over ranks, with the layers told of it."""
+
+    def shard(self, group: mx.distributed.Group | None = None) -> None:
+        group = group or mx.distributed.init()
+        stock.shard(self, group)
+        for attn in routed_layers(self).values():
+            attn.group = group
+
+    return shard
+
+
 @functools.cache
 def _mixed(mixin: type, stock: type) -> type:
     members = {"__call__": _checked_call(stock)} if mixin is FluxModel else {}
+    if mixin is FluxModel and hasattr(stock, "shard"):
+        members["shard"] = _shard(stock)
     return type(f"Flux{stock.__name__}", (mixin, stock), {"__module__": stock.__module__, **members})
 
 
@@ -219,7 +212,7 @@ def apply(model: nn.Module, config: FluxConfig) -> nn.Module:
     """Make a loaded mlx-lm model route, in place. Its weights and their names stay; fresh routers are added.
 
     Args:
-        model: A model of mlx-lm, quantised or not. Layers without Llama-like attention stay as they are.
+        model: A model of mlx-lm, quantised or not. Layers that are not `is_routable` stay as they are.
         config: Settings. `FLUX_MLX_ROUTE` in the environment overrides its route.
 
     Returns:
@@ -237,10 +230,13 @@ def apply(model: nn.Module, config: FluxConfig) -> nn.Module:
     entries = make_prompt_cache(model)
     chosen = {i: attn for i, attn in attns.items() if is_routable(attn, entries[i])}
     if not chosen:
-        raise ValueError(f"[apply] {type(model).__module__} has no layer with Llama-like global attention to route.")
+        raise ValueError(
+            f"[apply] {type(model).__module__} has no layer that can be routed: expected global attention of one of "
+            f"{', '.join(ATTENTION_MODULES)}."
+        )
     for i, attn in chosen.items():
         attn.__class__ = _mixed(RoutedAttention, type(attn))
-        attn.router = LayerRouter(_head_dim(attn), config.router, seed=i)
+        attn.router = LayerRouter(head_dim(attn), config.router, seed=i)
         attn.flux = config
     model.__class__ = _mixed(FluxModel, type(model))
     model.flux = config

@@ -1,0 +1,72 @@
+"""The seam between routing and mlx-lm's model families: where an attention module keeps its projections and norms.
+
+A family is listed when a test builds a tiny model of it and finds `project`, rope and the output projection equal to
+its own attention. Families that do more (gates, sinks, norms after rope, rotated queries of other layouts) would be
+computed wrongly without an error, so the list is closed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache
+
+ATTENTION_MODULES = (
+    *("cohere", "dots1", "ernie4_5", "ernie4_5_moe", "gemma", "gemma3_text", "glm4", "glm4_moe", "granite"),
+    *("granitemoe", "granitemoehybrid", "helium", "internlm3", "llama", "mimo", "nanbeige", "nemotron", "olmo2"),
+    *("olmoe", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "starcoder2"),
+)
+"""Modules of `mlx_lm.models` whose attention fits the seam. Other model types use them too: smollm3 is llama's."""
+
+
+def family(attn: nn.Module) -> str:
+    """The mlx-lm module that an attention module comes from."""
+    return type(attn).__module__.removeprefix("mlx_lm.models.")
+
+
+def is_routable(attn: Any, entry: object) -> bool:
+    """Whether a layer can be routed: attention of a listed family, over all keys (the stock entry is a KVCache)."""
+    return type(entry) is KVCache and isinstance(attn, nn.Module) and family(attn) in ATTENTION_MODULES
+
+
+def project(attn: nn.Module, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Queries, keys and values before RoPE, `[B, L, H, D]` each, of the attention input `[B, L, hidden]`."""
+    if "qkv_proj" in attn:
+        size = head_dim(attn)
+        q, k, v = mx.split(attn.qkv_proj(x), [attn.n_heads * size, (attn.n_heads + attn.n_kv_heads) * size], axis=-1)
+    else:
+        q, k, v = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
+    q = _norm_heads(attn.get("q_norm"), q, attn.n_heads)
+    k = _norm_heads(attn.get("k_norm"), k, attn.n_kv_heads)
+    return q, k, v.reshape(*v.shape[:2], attn.n_kv_heads, -1)
+
+
+def project_queries(attn: nn.Module, x: mx.array) -> mx.array:
+    """Only the queries of `project`."""
+    if "qkv_proj" in attn:
+        return project(attn, x)[0]
+    return _norm_heads(attn.get("q_norm"), attn.q_proj(x), attn.n_heads)
+
+
+def _norm_heads(norm: nn.Module | None, x: mx.array, heads: int) -> mx.array:
+    """[B, L, H*D] to [B, L, H, D], normed over D or over H*D, whichever the norm's weight fits."""
+    split = x.reshape(*x.shape[:2], heads, -1)
+    if norm is None:
+        return split
+    if norm.weight.shape[-1] == split.shape[-1]:
+        return norm(split)
+    return norm(x).reshape(split.shape)
+
+
+def rotate(attn: nn.Module, x: mx.array, offset: Any) -> mx.array:
+    """RoPE of `[B, H, L, D]` at `offset` (int, or int32 `[B]`); unchanged in families without."""
+    return x if attn.rope is None else attn.rope(x, offset=offset)
+
+
+def head_dim(attn: nn.Module) -> int:
+    """D."""
+    if "qkv_proj" in attn:
+        return attn.qkv_proj.weight.shape[0] // (attn.n_heads + 2 * attn.n_kv_heads)
+    return attn.q_proj.weight.shape[0] // attn.n_heads
