@@ -1,0 +1,1 @@
+"""Metal kernels as package data, and the catalog that launches and tests read."""

@@ -1,0 +1,1 @@
+"""Runs, on the host, the Metal text that MLX generates: no Mac needed."""

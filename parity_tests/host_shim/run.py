@@ -1,0 +1,171 @@
+"""Runs launches on the host: `run_on_host` is the launcher that `metal_kernels.operations` takes."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from metal_kernels.catalog import Launch
+from parity_tests.host_shim import build, text
+
+SCHEDULES = ("fair", "ahead", "behind", "shuffled")
+_TIMEOUT_S = 300
+
+
+class HostError(RuntimeError):
+    """The kernel did what a GPU would not forgive: out-of-bounds access, deadlock, divergence."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A strided view of a buffer, as a sliced cache is on the device.
+
+    Args:
+        buffer: The whole buffer, of any shape.
+        shape: Shape of the view.
+        strides: In elements.
+        offset: First element of the view in the buffer.
+    """
+
+    buffer: mx.array
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Dtype of the elements."""
+        return self.buffer.dtype
+
+
+def dtype_name(array: mx.array | View) -> str:
+    """ "float32" for mx.float32, and so on."""
+    return str(array.dtype).rpartition(".")[2]
+
+
+def to_bytes(array: mx.array) -> bytes:
+    """The elements in row-major order."""
+    array = mx.contiguous(array)
+    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array).tobytes()
+
+
+def from_bytes(data: bytes, shape: tuple[int, ...], dtype: str) -> mx.array:
+    """Inverse of `to_bytes`."""
+    if dtype == "bfloat16":
+        return mx.array(np.frombuffer(data, np.uint16).reshape(shape)).view(mx.bfloat16)
+    return mx.array(np.frombuffer(data, dtype).reshape(shape))
+
+
+def as_array(value: Any) -> mx.array | View:
+    """What MLX makes of an input: numbers become 0-d arrays, tuples int32 vectors."""
+    if isinstance(value, tuple):
+        return mx.array(value, mx.int32)
+    if isinstance(value, (int, float)):
+        return mx.array(value, mx.float32 if isinstance(value, float) else mx.int32)
+    return value
+
+
+@cache
+def source_of(launch: Launch, inputs: tuple[tuple[tuple[int, ...], str], ...]) -> str:
+    """The translation unit of MLX's text for `launch`."""
+    return text.translation_unit(text.generated_text(launch, list(inputs)))
+
+
+def _metadata(name: str, array: mx.array | View) -> bytes:
+    """The bytes of NAME_shape (int32) or NAME_strides (int64)."""
+    if name.endswith("_shape"):
+        return np.array(array.shape, np.int32).tobytes()
+    if isinstance(array, View):
+        return np.array(array.strides, np.int64).tobytes()
+    strides = [int(np.prod(array.shape[axis + 1 :])) for axis in range(len(array.shape))]
+    return np.array(strides, np.int64).tobytes()
+
+
+def _data(array: mx.array | View) -> bytes:
+    if isinstance(array, View):
+        return to_bytes(array.buffer)[array.offset * array.buffer.itemsize :]
+    return to_bytes(array)
+
+
+def _job(launch: Launch, sign: text.Signature, arrays: dict[str, Any], schedule: str, seed: int) -> tuple[bytes, list]:
+    """The job file of driver.h, and (shape, dtype) of the outputs."""
+    outputs = dict(zip(launch.spec.outputs, zip(launch.output_shapes, launch.output_dtypes, strict=True), strict=True))
+    table, payload = b"", b""
+    for buffer in sign.buffers:
+        if buffer.name in outputs:
+            shape, dtype = outputs[buffer.name]
+            table += struct.pack("<IIQ", 1, 0, int(np.prod(shape)) * getattr(mx, dtype).size)
+            continue
+        base = buffer.name.removesuffix("_shape").removesuffix("_strides")
+        data = _data(arrays[buffer.name]) if buffer.name in arrays else _metadata(buffer.name, arrays[base])
+        table += struct.pack("<IIQ", 0, 0, len(data))
+        payload += data
+    sizes = (*launch.grid, *launch.threadgroup, len(sign.buffers))
+    return struct.pack("<9I", SCHEDULES.index(schedule), seed, *sizes) + table + payload, list(outputs.values())
+
+
+@dataclass(frozen=True)
+class HostRun:
+    """A launcher for `metal_kernels.operations`.
+
+    Args:
+        schedule: One of SCHEDULES.
+        seed: Of the shuffled schedule.
+        sanitize: Run under AddressSanitizer and UBSan.
+    """
+
+    schedule: str = "fair"
+    seed: int = 0
+    sanitize: bool = False
+
+    def __call__(self, launch: Launch, inputs: list[Any]) -> list[mx.array]:
+        """Run `launch`; outputs hold NaN (all bits set) where the kernel wrote nothing.
+
+        Raises:
+            HostError: The kernel faulted; the message says how.
+        """
+        arrays = [as_array(value) for value in inputs]
+        source = source_of(launch, tuple((tuple(a.shape), dtype_name(a)) for a in arrays))
+        return self.run_source(source, launch, arrays)
+
+    def run_source(self, source: str, launch: Launch, arrays: list[Any]) -> list[mx.array]:
+        """Run translation unit `source`, which may be a mutant of the launch's own."""
+        program = build.executable(source, sanitize=self.sanitize)
+        named = dict(zip(launch.spec.inputs, arrays, strict=True))
+        job, outputs = _job(launch, text.signature(source), named, self.schedule, self.seed)
+        result = _execute(program, job)
+        (scratch_bytes,) = struct.unpack_from("<Q", result)
+        if scratch_bytes > (launch.threadgroup_bytes + 15) // 16 * 16 + 32:
+            raise HostError(f"{launch.spec.name} takes {scratch_bytes} bytes of threadgroup memory, more than listed.")
+        results, start = [], 8
+        for shape, dtype in outputs:
+            size = int(np.prod(shape)) * getattr(mx, dtype).size
+            results.append(from_bytes(result[start : start + size], shape, dtype))
+            start += size
+        return results
+
+
+def _execute(program: Path, job: bytes) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        job_file, result_file = Path(folder) / "job", Path(folder) / "result"
+        job_file.write_bytes(job)
+        command = [str(program), str(job_file), str(result_file)]
+        environment = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S, env=environment)
+        except subprocess.TimeoutExpired:
+            raise HostError(f"the kernel did not end within {_TIMEOUT_S} s") from None
+        if done.returncode:
+            raise HostError(f"exit code {done.returncode}: {done.stderr.decode(errors='replace')[-2000:]}")
+        return result_file.read_bytes()
+
+
+run_on_host = HostRun()
