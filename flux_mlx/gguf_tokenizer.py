@@ -76,6 +76,7 @@ class _Vocabulary:
         self.merges = self._merges()
         self.adds_bos = self._get("add_bos_token", bool, self.pre.adds_bos)
         self.ids = {name: self._id(key) for name, key in _SPECIAL_KEYS.items()}
+        self.end_of_turn = self._id("eot_token_id")
         self.chat_template = file.metadata.get("tokenizer.chat_template")
 
     def fail(self, reason: str) -> GGUFError:
@@ -98,7 +99,7 @@ class _Vocabulary:
         merges = []
         for index, line in enumerate(self._get("merges", list)):
             left, _, right = line.partition(" ")
-            if not {left, right, left + right} <= known:
+            if not left or not right or not {left, right, left + right} <= known:
                 raise self.fail(f"merge {index} {line!r} joins or makes something that is no token")
             merges.append((left, right))
         return merges
@@ -141,7 +142,7 @@ def _build(vocabulary: _Vocabulary) -> Tokenizer:
     if vocabulary.adds_bos and bos is not None:
         text = vocabulary.tokens[bos]
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{text} $A", pair=f"{text} $A {text} $B", special_tokens=[(text, bos)]
+            single=[text, "$A"], pair=[text, "$A", text, "$B"], special_tokens=[(text, bos)]
         )
     return tokenizer
 
@@ -160,7 +161,11 @@ def write_tokenizer(file: GGUFFile, config: dict[str, Any], out: Path) -> None:
     vocabulary = _Vocabulary(file)
     if len(vocabulary.tokens) != config["vocab_size"]:
         raise vocabulary.fail(f"{len(vocabulary.tokens)} tokens for {config['vocab_size']} rows of embeddings")
-    _build(vocabulary).save(str(out / "tokenizer.json"))
+    try:
+        tokenizer = _build(vocabulary)
+    except Exception as error:  # the library raises nothing more special
+        raise vocabulary.fail(f"the vocabulary is refused by tokenizers: {error}") from error
+    tokenizer.save(str(out / "tokenizer.json"))
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config["max_position_embeddings"],
@@ -171,6 +176,8 @@ def write_tokenizer(file: GGUFFile, config: dict[str, Any], out: Path) -> None:
             settings[name] = vocabulary.tokens[index]
             if name != "unk_token":
                 config[f"{name}_id"] = index
+    if vocabulary.end_of_turn not in (None, config.get("eos_token_id")):
+        config["eos_token_id"] = [i for i in (config.get("eos_token_id"), vocabulary.end_of_turn) if i is not None]
     if isinstance(vocabulary.chat_template, str):
         settings["chat_template"] = vocabulary.chat_template
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")

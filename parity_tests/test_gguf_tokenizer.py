@@ -1,0 +1,141 @@
+"""Tokenizers read from a GGUF, against byte-level BPE by its definition."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import regex
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm import load, stream_generate
+from tokenizers import Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from flux_mlx.gguf import GGUFFile
+from flux_mlx.gguf_directory import write_plain_directory
+from flux_mlx.smollm2 import fetch_gguf
+from parity_tests.tiny_gguf import MERGES, SPECIAL_TOKENS, TinyLlama, tokens
+
+CACHE = Path(__file__).parent.parent / ".cache" / "smollm2"
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+SPLITS = {
+    "gpt-2": [_GPT2],
+    "smollm": [r"\p{N}", _GPT2],
+    "llama-bpe": [_LLAMA3],
+    "qwen2": [_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")],
+}
+
+
+def split(piece: str, expressions: list[str]) -> list[str]:
+    """Cut a text at the matches of each expression in turn; what lies between two matches is a piece too."""
+    pieces = [piece]
+    for expression in expressions:
+        pieces = [part for old in pieces for part in regex.split(f"({expression})", old) if part]
+    return pieces
+
+
+def encode_slowly(content: str, pre: str, vocabulary: dict[str, int], merges: list[str]) -> list[int]:
+    """Byte-level BPE by its definition: split, then join the pair of the earliest merge until none is left."""
+    rank = {tuple(merge.split(" ")): i for i, merge in enumerate(merges)}
+    special = "|".join(map(regex.escape, SPECIAL_TOKENS))
+    ids = []
+    for part in regex.split(f"({special})", content):
+        if part in SPECIAL_TOKENS:
+            ids.append(vocabulary[part])
+            continue
+        for word in split(part, SPLITS[pre]):
+            symbols = [bytes_to_unicode()[byte] for byte in word.encode()]
+            while pairs := [pair for pair in pairwise(symbols) if pair in rank]:
+                best = min(pairs, key=rank.__getitem__)
+                i = next(i for i in range(len(symbols)) if tuple(symbols[i : i + 2]) == best)
+                symbols[i : i + 2] = ["".join(best)]
+            ids += [vocabulary[symbol] for symbol in symbols]
+    return ids
+
+
+@pytest.fixture(scope="module", params=SPLITS)
+def pre_and_tokenizer(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Tokenizer]:
+    folder = tmp_path_factory.mktemp(request.param)
+    path = TinyLlama(layers=1, pre=request.param).write(folder / "tiny.gguf")
+    write_plain_directory(path, folder / "plain")
+    return request.param, Tokenizer.from_file(str(folder / "plain" / "tokenizer.json"))
+
+
+PIECES = st.sampled_from([" the", "the", "there", " were", "12", "3456", "aaaa", "  ", "\n", "\r\n", "'s", "'S", " x"])
+CHARACTERS = st.characters(max_codepoint=0x24F) | st.sampled_from("½²Ⅷ٣αЖ北京字😀\u3000\u2028\u0301")
+TEXTS = st.lists(PIECES | CHARACTERS | st.sampled_from(SPECIAL_TOKENS), max_size=12).map("".join)
+
+
+@settings(max_examples=100, deadline=None)
+@given(content=TEXTS)
+def test_tokenizer_is_bpe_by_its_definition(pre_and_tokenizer: tuple[str, Tokenizer], content: str) -> None:
+    pre, tokenizer = pre_and_tokenizer
+    ids = tokenizer.encode(content, add_special_tokens=False).ids
+    assert ids == encode_slowly(content, pre, {token: i for i, token in enumerate(tokens())}, MERGES)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == content
+
+
+def test_words_of_the_vocabulary_need_no_merge(tmp_path: Path) -> None:
+    merges = {"tokenizer.ggml.merges": ["t h"]}
+    for pre, want in (("llama-bpe", ["the", "Ġ", "th", "e", "n"]), ("qwen2", ["th", "e", "Ġ", "th", "e", "n"])):
+        write_plain_directory(TinyLlama(layers=1, pre=pre, changes=merges).write(tmp_path / "a.gguf"), tmp_path / pre)
+        tokenizer = Tokenizer.from_file(str(tmp_path / pre / "tokenizer.json"))
+        assert tokenizer.encode("the then", add_special_tokens=False).tokens == want
+
+
+def test_bos_is_written_when_the_file_asks(tmp_path: Path) -> None:
+    changes = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.eot_token_id": 5}
+    write_plain_directory(TinyLlama(changes=changes).write(tmp_path / "tiny.gguf"), tmp_path / "plain")
+    _, tokenizer = load(str(tmp_path / "plain"))
+    assert tokenizer.encode("the")[0] == 1
+    assert tokenizer.encode("the", add_special_tokens=False)[0] != 1
+    assert tokenizer.eos_token_ids == {0, 5}
+    messages = [{"role": "user", "content": "the"}]
+    assert tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False).endswith("<|start|>")
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    return fetch_gguf(CACHE)
+
+
+@pytest.fixture(scope="module")
+def plain(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("smollm2") / "plain"
+    write_plain_directory(smollm2, out)
+    return out
+
+
+def test_smollm2_tokenizer(plain: Path, smollm2: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(plain / "tokenizer.json"))
+    metadata = GGUFFile(smollm2).metadata
+    assert tokenizer.get_vocab_size() == 49152
+    assert [tokenizer.token_to_id(token) for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")] == [0, 1, 2]
+    assert tokenizer.encode("Hello world").ids == [19556, 905]
+    assert tokenizer.encode("in 2024").tokens == ["in", "Ġ", "2", "0", "2", "4"]
+    vocabulary = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    sample = "It's 1,234.5 km — naïve café, 北京 🙂\n\n\tdef f(x):\n        return x  # we'll see "
+    ids = tokenizer.encode(sample).ids
+    assert ids == encode_slowly(sample, "smollm", vocabulary, metadata["tokenizer.ggml.merges"])
+    assert tokenizer.decode(ids) == sample
+
+
+def test_smollm2_answers_through_its_chat_template(plain: Path) -> None:
+    model, tokenizer = load(str(plain))
+    config = json.loads((plain / "config.json").read_text())
+    sizes = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+    assert [config[size] for size in sizes] == [30, 9, 3, 64, 8192]
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    answer = "".join(part.text for part in stream_generate(model, tokenizer, prompt, max_tokens=8))
+    assert answer.startswith("The capital of France is Paris")
