@@ -39,10 +39,12 @@ def masked_rows(
     grouped = q.unflatten(1, (k.shape[1], -1)).to(work)  # [B, HKV, G, R, D]
     scores = scale * (grouped @ k.to(work).unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
     scores = scores.masked_fill(~mask, float("-inf"))
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.masked_fill(lse.isneginf(), 0.0).unsqueeze(-1)).exp()
-    out = weights.unflatten(1, (k.shape[1], -1)) @ v.to(work).unsqueeze(2)
-    return out.flatten(1, 2).to(q.dtype), lse
+    top = scores.detach().amax(-1, keepdim=True)
+    top = top.masked_fill(top.isneginf(), 0.0)
+    weights = (scores - top).exp()  # divided by their own sum: exp(scores - lse) would carry the rounding of lse
+    total = weights.sum(-1, keepdim=True)
+    out = (weights.unflatten(1, (k.shape[1], -1)) @ v.to(work).unsqueeze(2)).flatten(1, 2)
+    return (out / total.masked_fill(total == 0, 1.0)).to(q.dtype), (top + total.log()).squeeze(-1)
 
 
 def _attend(
