@@ -213,7 +213,8 @@ class GGUFFile:
     @staticmethod
     def _dequantize(info: TensorInfo, data: np.ndarray) -> np.ndarray:
         try:
-            return gguf.dequantize(data, info.quant_type)
+            with np.errstate(all="ignore"):  # values that are not finite are reported by `tensor`
+                return gguf.dequantize(data, info.quant_type)
         except NotImplementedError:
             raise GGUFError(
                 f"tensor {info.name!r} has type {info.quant_type.name}, which gguf cannot dequantise"

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,8 @@ def read_routers(path: str | Path) -> RouterCheckpoint:
         names, metadata = check_safetensors(file)
         published = published or any(".mask_allocator." in name for name in names)
         if _METADATA_KEY in metadata:
-            checkpoint.flux = _parse_settings(file, metadata[_METADATA_KEY])
+            with _naming(file):
+                checkpoint.flux = FluxConfig.from_dict(json.loads(metadata[_METADATA_KEY]))
         for key, value in mx.load(str(file)).items():
             if _PROJECTION.fullmatch(key):
                 checkpoint.projections[key] = value
@@ -125,7 +127,8 @@ def read_routers(path: str | Path) -> RouterCheckpoint:
     if not published:
         checkpoint.projections.clear()
     if path.is_dir() and (path / "config.json").is_file():
-        checkpoint.flux = _directory_settings(read_config(path))
+        with _naming(path / "config.json"):
+            checkpoint.flux = _directory_settings(read_config(path))
     return checkpoint
 
 
@@ -143,10 +146,12 @@ def _add(routers: Routers, layer: int, name: str, value: mx.array, where: str) -
     parameters[name] = value
 
 
-def _parse_settings(file: Path, text: str) -> FluxConfig:
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Name `file` in the error about settings that it holds."""
     try:
-        return FluxConfig.from_dict(json.loads(text))
-    except ValueError as error:
+        yield
+    except (TypeError, ValueError) as error:
         raise ValueError(f"[read_routers] {file}: its settings are wrong: {error}") from None
 
 
