@@ -42,6 +42,8 @@ class RoutedAttention:
     group: mx.distributed.Group | None = None
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        if cache is None and not self.training and self.forced != Route.FULL:
+            cache = self.new_cache()  # mlx_lm.perplexity: whole rows without a cache; in training all layers are full
         if not isinstance(cache, CacheList):
             return super().__call__(x, mask, cache)
         cache.widen(x.shape[0])
@@ -50,6 +52,10 @@ class RoutedAttention:
         if not any(sparse) or self.flux.pattern.is_dense(cache.size() + x.shape[1]):
             return super().__call__(x, mask, cache.kv)
         return self.attend(x, mask, cache, sparse)
+
+    def new_cache(self) -> CacheList:
+        """An empty cache for this layer."""
+        return CacheList.new(head_dim(self), self.flux.router.pool_tokens)
 
     def route(self, x: mx.array, cache: CacheList) -> None:
         """Pool this call's prompt tokens and decide, unless the call is too short or the route is fixed."""
@@ -133,10 +139,9 @@ class FluxModel:
 
     def make_cache(self) -> list[Any]:
         """The stock cache, with a routed cache for every routed layer."""
-        pool_tokens = self.flux.router.pool_tokens
         entries = self._stock_cache()
         for i, attn in routed_layers(self).items():
-            entries[i] = CacheList.new(head_dim(attn), pool_tokens)
+            entries[i] = attn.new_cache()
         return entries
 
     def _stock_cache(self) -> list[Any]:

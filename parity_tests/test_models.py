@@ -1,0 +1,214 @@
+"""A Flux model in the hands of mlx-lm's own generation code: alone, in batches, drafted for, with quantised keys."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step
+from mlx_lm.models.cache import make_prompt_cache
+
+from flux_mlx import routes
+from flux_mlx.cache import CacheList
+from flux_mlx.models import ModelArgs, apply, routed_layers, set_route
+from flux_mlx.spec import FluxConfig, Route
+from parity_tests.tiny_models import PATTERN, ROUTER, flux_model, prompt, randomise, stock_model
+
+STOCK = stock_model()
+MODEL = flux_model()
+
+
+@pytest.fixture(autouse=True)
+def _automatic_routes():
+    yield
+    set_route(MODEL, "auto")
+
+
+def generated(model, tokens: list[int], n: int = 12, **kwargs) -> tuple[list[int], np.ndarray]:
+    """Greedy tokens and their log-probabilities, `[n, vocabulary]`."""
+    pairs = list(generate_step(mx.array(tokens), model, max_tokens=n, **kwargs))
+    return [token for token, _ in pairs], np.stack([np.array(logprobs) for _, logprobs in pairs])
+
+
+@pytest.mark.parametrize("step", [16, 100, 2048])
+@pytest.mark.parametrize("cached", [0, 40])
+def test_full_routes_are_stock_bit_by_bit(step, cached):
+    set_route(MODEL, "full")
+    tokens, outcomes = prompt(250), []
+    for model in (STOCK, MODEL):
+        cache = make_prompt_cache(model)
+        if cached:
+            list(generate_step(mx.array(tokens[:cached]), model, max_tokens=0, prompt_cache=cache))
+        outcomes.append(generated(model, tokens[cached:], prompt_cache=cache, prefill_step_size=step))
+    assert outcomes[0][0] == outcomes[1][0]
+    assert np.array_equal(outcomes[0][1], outcomes[1][1])
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 18])
+def test_short_prompts_are_stock(tokens):
+    assert generated(MODEL, prompt(tokens))[0] == generated(STOCK, prompt(tokens))[0]
+
+
+def test_forced_routes_are_taken():
+    set_route(MODEL, (1, 3))
+    cache = MODEL.make_cache()
+    generated(MODEL, prompt(61), prompt_cache=cache)
+    assert routes(cache) == [Route.SPARSE, Route.FULL] * 2
+    with pytest.raises(ValueError, match=r"\[set_route\] \[4\] are not routed layers; the model routes"):
+        set_route(MODEL, (1, 4))
+
+
+def test_input_embeddings_stand_in_for_tokens():
+    tokens = prompt(61)
+    embeddings = MODEL.model.embed_tokens(mx.array(tokens))
+    expected = generated(MODEL, tokens, prefill_step_size=32)
+    found = generated(MODEL, [], input_embeddings=embeddings, prefill_step_size=32)
+    assert found[0] == expected[0]
+    assert np.array_equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("route", ["full", "sparse", "auto"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_keys_from_the_first_chunk(route, bits):
+    set_route(MODEL, route)
+    cache = MODEL.make_cache()
+    settings = {"kv_bits": bits, "kv_group_size": 32, "quantized_kv_start": 0, "prefill_step_size": 32}
+    found = generated(MODEL, prompt(90), prompt_cache=cache, **settings)
+    assert all(type(entry.kv).__name__ == "QuantizedKVCache" for entry in cache)
+    if route == "full":
+        expected = generated(STOCK, prompt(90), **settings)
+        assert found[0] == expected[0]
+        assert np.array_equal(found[1], expected[1])
+    else:
+        exact = generated(MODEL, prompt(90), prefill_step_size=32)[1]
+        assert np.abs(found[1][0] - exact[0]).max() < {4: 1.5, 8: 0.1}[bits]
+
+
+@pytest.mark.parametrize("drafted", [1, 4, 14])
+@pytest.mark.parametrize("route", ["full", (1, 3), "auto"])
+def test_speculative_is_greedy_as_target_and_as_draft(drafted, route):
+    tokens = prompt(61)
+    set_route(MODEL, route)
+    settings = {"max_tokens": 24, "num_draft_tokens": drafted, "prefill_step_size": 512}
+    expected = generated(MODEL, tokens, 24)[0]
+    as_target = speculative_generate_step(mx.array(tokens), MODEL, STOCK, **settings)
+    assert [token for token, *_ in as_target] == expected
+    as_draft = list(speculative_generate_step(mx.array(tokens), STOCK, MODEL, **settings))
+    assert [token for token, *_ in as_draft] == generated(STOCK, tokens, 24)[0]
+    if route == "full":
+        assert sum(accepted for *_, accepted in as_draft) >= 12
+
+
+def batch_tokens(model, rows: list[list[int]], late: list[list[int]] = (), n: int = 12, **settings) -> list[list[int]]:
+    """Greedy tokens of each row of a batch; the `late` rows join while the others generate."""
+    generator = BatchGenerator(model, max_tokens=n, **settings)
+    uids = generator.insert(rows, max_tokens=[n + i for i in range(len(rows))])
+    out, steps = {uid: [] for uid in uids}, 0
+    while responses := generator.next_generated():
+        for response in responses:
+            out[response.uid].append(response.token)
+        steps += 1
+        if steps == 3 and late:
+            joined = generator.insert(late, max_tokens=[n] * len(late))
+            out |= {uid: [] for uid in joined}
+    return [tokens for _, tokens in sorted(out.items())]
+
+
+LENGTHS = (61, 7, 33, 90)
+
+
+@pytest.mark.parametrize("route", ["full", "sparse", (1, 3)])
+@pytest.mark.parametrize("step", [16, 2048])
+def test_a_batch_is_its_rows_one_by_one(route, step):
+    set_route(MODEL, route)
+    rows = [prompt(length, seed) for seed, length in enumerate(LENGTHS)]
+    late = [prompt(50, 11), prompt(20, 12)]
+    found = batch_tokens(MODEL, rows, late, prefill_step_size=step)
+    single = [generated(MODEL, row, 12 + i)[0] for i, row in enumerate(rows)] + [generated(MODEL, r)[0] for r in late]
+    assert found == single
+    if route == "full":
+        assert found == batch_tokens(STOCK, rows, late, prefill_step_size=step)
+
+
+def test_rows_of_a_batch_take_their_own_routes():
+    rows = [prompt(length, seed) for seed, length in enumerate(LENGTHS)]
+    single, taken = [], []
+    for row in rows:
+        cache = MODEL.make_cache()
+        single.append(generated(MODEL, row, prompt_cache=cache)[0])
+        taken.append(routes(cache))
+    assert len(set(map(tuple, taken))) >= 3
+    generator = BatchGenerator(MODEL, max_tokens=12)
+    uids = generator.insert(rows)
+    out, caches = {uid: [] for uid in uids}, {}
+    while responses := generator.next_generated():
+        for response in responses:
+            out[response.uid].append(response.token)
+            caches[response.uid] = response.prompt_cache or caches.get(response.uid)
+    assert [routes(caches[uid]) for uid in uids] == taken
+    assert list(out.values()) == single
+
+
+def test_a_batch_call_computes_every_row_by_its_route():
+    rows = [prompt(61, seed) for seed in range(4)]
+    caches = [MODEL.make_cache() for _ in rows]
+    single = [MODEL(mx.array([row]), cache=cache)[0] for row, cache in zip(rows, caches, strict=True)]
+    fresh = MODEL.make_cache()
+    together = MODEL(mx.array(rows), cache=fresh)
+    assert routes(fresh) == [list(layer) for layer in zip(*map(routes, caches), strict=True)]
+    np.testing.assert_allclose(together, mx.stack(single), atol=1e-4)
+    np.testing.assert_allclose(MODEL(mx.array(rows)), together, atol=1e-4)  # without a cache: routed row by row
+
+
+def test_without_a_cache_training_is_full():
+    x = mx.array([prompt(61)])
+    set_route(MODEL, "sparse")
+    assert not np.allclose(MODEL(x), STOCK(x), atol=1e-3)
+    MODEL.train()
+    assert mx.array_equal(MODEL(x), STOCK(x))
+    MODEL.eval()
+
+
+def test_a_cache_of_another_length_is_refused():
+    with pytest.raises(ValueError, match=r"\[FluxModel\] the cache has 3 entries, the model 4 layers"):
+        MODEL(mx.array([[1]]), cache=MODEL.make_cache()[:3])
+
+
+def test_routes_are_shown_on_request(monkeypatch, capsys):
+    monkeypatch.setenv("FLUX_MLX_SHOW_ROUTES", "1")
+    monkeypatch.setenv("FLUX_MLX_ROUTE", "1-2")
+    model = apply(stock_model(), FluxConfig(pattern=PATTERN, router=ROUTER))
+    generated(model, prompt(61), 2)
+    assert capsys.readouterr().err == "flux: 2 of 4 routed layers sparse; full: 1,2; sparse: 0,3\n"
+
+
+def test_bad_input_is_refused_by_name(monkeypatch):
+    with pytest.raises(ValueError, match=r"\[apply\] the model is a Flux model already"):
+        apply(MODEL, FluxConfig())
+    with pytest.raises(ValueError, match=r"\[FluxConfig\] route names layers \[4\]"):
+        apply(stock_model(), FluxConfig(route=(0, 4)))
+    with pytest.raises(ValueError, match=r"\[ModelArgs\] config.json has no flux section"):
+        ModelArgs.from_dict({"model_type": "llama"})
+    monkeypatch.setenv("FLUX_MLX_ROUTE", "most")
+    with pytest.raises(ValueError, match=r"\[route\] expected auto, full, sparse or a list of full layers.*'most'"):
+        apply(stock_model(), FluxConfig())
+
+
+def test_routers_are_parameters_that_training_passes_by():
+    MODEL.unfreeze()
+    names = {name for name, _ in tree_flatten(MODEL.parameters())}
+    trainable = {name for name, _ in tree_flatten(MODEL.trainable_parameters())}
+    assert {name for name in names if ".router." in name} == names - trainable
+    assert len(names - trainable) == 10 * len(routed_layers(MODEL))
+
+
+def test_weights_of_stock_models_load_as_they_are():
+    other = randomise(flux_model(seed=5), 1)
+    other.load_weights(tree_flatten(STOCK.parameters()), strict=False)
+    set_route(other, "full")
+    assert generated(other, prompt(61))[0] == generated(STOCK, prompt(61))[0]
+
+
+def test_entries_are_routed_caches():
+    assert all(type(entry) is CacheList for entry in MODEL.make_cache())
