@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,16 +9,12 @@ import pytest
 import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_lm import load, stream_generate
+from mlx_lm import load
 from tokenizers import Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from flux_mlx.gguf import GGUFFile
 from flux_mlx.gguf_directory import write_plain_directory
-from flux_mlx.smollm2 import fetch_gguf
 from parity_tests.tiny_gguf import MERGES, SPECIAL_TOKENS, TinyLlama, tokens
-
-CACHE = Path(__file__).parent.parent / ".cache" / "smollm2"
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
@@ -102,40 +97,3 @@ def test_bos_is_written_when_the_file_asks(tmp_path: Path) -> None:
     assert tokenizer.eos_token_ids == {0, 5}
     messages = [{"role": "user", "content": "the"}]
     assert tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False).endswith("<|start|>")
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    return fetch_gguf(CACHE)
-
-
-@pytest.fixture(scope="module")
-def plain(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("smollm2") / "plain"
-    write_plain_directory(smollm2, out)
-    return out
-
-
-def test_smollm2_tokenizer(plain: Path, smollm2: Path) -> None:
-    tokenizer = Tokenizer.from_file(str(plain / "tokenizer.json"))
-    metadata = GGUFFile(smollm2).metadata
-    assert tokenizer.get_vocab_size() == 49152
-    assert [tokenizer.token_to_id(token) for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")] == [0, 1, 2]
-    assert tokenizer.encode("Hello world").ids == [19556, 905]
-    assert tokenizer.encode("in 2024").tokens == ["in", "Ġ", "2", "0", "2", "4"]
-    vocabulary = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
-    sample = "It's 1,234.5 km — naïve café, 北京 🙂\n\n\tdef f(x):\n        return x  # we'll see "
-    ids = tokenizer.encode(sample).ids
-    assert ids == encode_slowly(sample, "smollm", vocabulary, metadata["tokenizer.ggml.merges"])
-    assert tokenizer.decode(ids) == sample
-
-
-def test_smollm2_answers_through_its_chat_template(plain: Path) -> None:
-    model, tokenizer = load(str(plain))
-    config = json.loads((plain / "config.json").read_text())
-    sizes = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
-    assert [config[size] for size in sizes] == [30, 9, 3, 64, 8192]
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    answer = "".join(part.text for part in stream_generate(model, tokenizer, prompt, max_tokens=8))
-    assert answer.startswith("The capital of France is Paris")

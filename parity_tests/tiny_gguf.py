@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import gguf
 import numpy as np
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from flux_mlx.gguf_directory import write_plain_directory
 
 SPECIAL_TOKENS = ["<|end|>", "<|start|>"]
 MERGES = ["t h", "th e", "Ġ the", "i n", "Ġ w", "e r", "Ġw er", "1 2", "a a", "aa a", "Ġ Ġ", "' s"]
@@ -139,3 +142,13 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_string(key, value)
     elif value is not None:
         writer.add_array(key, value)
+
+
+def write_tiny_directory(folder: Path) -> Path:
+    """A plain model directory `folder / "plain"`, made of `folder / "tiny.gguf"`, with licence and card."""
+    out = folder / "plain"
+    write_plain_directory(TinyLlama().write(folder / "tiny.gguf"), out)
+    (out / "LICENSE").write_text("Apache License")
+    (out / "generation_config.json").write_text('{"eos_token_id": 0}')
+    (out / "config.json").write_text(json.dumps(json.loads((out / "config.json").read_text()) | {"my_key": 1}))
+    return out
