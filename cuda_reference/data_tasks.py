@@ -1,0 +1,213 @@
+"""The made-up tasks: sample number i of a split, always the same for the same seed and text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import numpy as np
+
+from cuda_reference.data_prompts import TASKS, Sample, Writer, insert
+from cuda_reference.data_text import Corpus, stable_hash
+from cuda_reference.data_words import VALUE_KINDS, Form, words
+
+CANDIDATES = 10
+LONGEST_ANSWER_TOKENS = 256
+
+
+class TaskMaker:
+    """Makes samples of one split.
+
+    Args:
+        writer: Encodes text.
+        corpora: (kind, split) to text, from `data_text.build_corpora`.
+        split: "train", "valid", "test" or "ood" (text of "test", forms and fillers that "train" never has).
+        seed: Of everything drawn.
+    """
+
+    def __init__(self, writer: Writer, corpora: Mapping[tuple[str, str], Corpus], split: str, seed: int):
+        self.writer, self.split, self.seed = writer, split, seed
+        text_split = "test" if split == "ood" else split
+        self.code, self.prose = corpora["code", text_split], corpora["prose", text_split]
+        self.words = words()
+
+    def sample(self, task: str, index: int, tokens: int, depth: float | None = None, form: str = "") -> Sample:
+        """Sample `index` of `task`: exactly `tokens` tokens, the answer counted.
+
+        Args:
+            task: One of `TASKS`, or "single" and "multi" with `form` to fix the kind of multi: "keys" or "hops".
+            index: Any integer >= 0.
+            tokens: Length; 384 holds every task.
+            depth: Place of the needle; None draws it.
+            form: "keys" or "hops" for "multi"; "" draws it.
+
+        Raises:
+            ValueError: Unknown task, or too few tokens for it.
+        """
+        if task not in TASKS:
+            raise ValueError(f"[TaskMaker.sample] task must be one of {list(TASKS)}, got {task!r}.")
+        rng = np.random.default_rng([self.seed, stable_hash(f"{self.split}/{task}/{form}") % 2**32, index])
+        depth = float(rng.random()) if depth is None else depth
+        chat = bool(rng.random() < 0.6)
+        if task == "single":
+            return self._needle(rng, tokens, chat, depth, others=0)
+        if task == "multi":
+            hops = form == "hops" or (not form and rng.random() < 0.4)
+            return self._hops(rng, tokens, chat, depth) if hops else self._needle(rng, tokens, chat, depth, others=9)
+        return getattr(self, f"_{task}")(rng, tokens, chat)
+
+    # Retrieval
+
+    def _form(self, rng: np.random.Generator) -> Form:
+        forms = self.words.ood_forms if self.split == "ood" else self.words.forms
+        return forms[rng.integers(len(forms))]
+
+    def _needle(self, rng: np.random.Generator, tokens: int, chat: bool, depth: float, others: int) -> Sample:
+        """One fact to find; with `others`, facts of the same form about other keys are the wrong candidates."""
+        form, kind = self._form(rng), str(rng.choice(VALUE_KINDS))
+        values = self.words.values(rng, kind, CANDIDATES)
+        keys = self._keys(rng, 1 + others)
+        if tokens < 1024 and others:
+            keys = keys[:4]
+        facts = [form.statement.format(key=key, value=value) for key, value in zip(keys, values, strict=False)]
+        depths = [depth, *rng.random(len(facts) - 1)]
+        task = "multi" if others else "single"
+        return self._ask(rng, tokens, chat, facts, depths, form.question, form.lead, keys[0], values, task, form.statement)
+
+    def _hops(self, rng: np.random.Generator, tokens: int, chat: bool, depth: float) -> Sample:
+        """Two facts to join: a box holds a key, the key opens a code; two such chains stand in the text."""
+        values = self.words.values(rng, str(rng.choice(VALUE_KINDS)), CANDIDATES)
+        boxes, keys = self._keys(rng, 2), self._keys(rng, 2)
+        facts = [f"The {box} box holds the {key} key." for box, key in zip(boxes, keys, strict=True)]
+        facts += [f"The {key} key opens {value}." for key, value in zip(keys, values, strict=False)]
+        depths = [depth, *rng.random(3)]
+        question, lead = "What does the key in the {key} box open?", "The key in the {key} box opens"
+        return self._ask(rng, tokens, chat, facts, depths, question, lead, boxes[0], values, "multi", "hops")
+
+    def _keys(self, rng: np.random.Generator, count: int) -> list[str]:
+        found: dict[str, None] = {}
+        while len(found) < count:
+            found[self.words.key(rng, self.split)] = None
+        return list(found)
+
+    def _ask(self, rng, tokens, chat, facts, depths, question, lead, key, values, task, form) -> Sample:  # noqa: ANN001
+        """Hide `facts` in a filler and ask for the first of `values`."""
+        question, lead = question.format(key=key), lead.format(key=key)
+        pieces = [self.writer.encode("\n" + fact) for fact in facts]
+        candidates = tuple(self.writer.encode(" " + value) for value in values)
+        early = rng.random() < 0.2
+        head = "Answer a question about the following text.\n" + (f"Question: {question}\n" if early else "")
+        tail = "\n\n" + ("Answer the question above." if early else f"Question: {question}")
+
+        def body(room: int) -> np.ndarray:
+            window, breaks = self._filler(rng, room - sum(map(len, pieces)))
+            return insert(window, breaks, pieces, depths)
+
+        lead = lead if chat and self.writer.has_template else f"Answer: {lead}"
+        prompt = self.writer.prompt(head, body, tail, lead, tokens=tokens - len(candidates[0]), chat=chat)
+        whole = np.concatenate([prompt, candidates[0]])
+        return Sample(whole, len(prompt), task, candidates, float(depths[0]), form)
+
+    # Fillers
+
+    @cached_property
+    def _sentences(self) -> list[list[np.ndarray]]:
+        """Encoded sentences of every language."""
+        languages = self.words.ood_sentences if self.split == "ood" else self.words.sentences
+        nouns = self.words.nouns
+        return [
+            [self.writer.encode("\n" + s.strip().format(a=a, b=b)) for a, b in zip(nouns[:40], nouns[40:], strict=False) for s in lines]
+            for lines in languages.values()
+        ]
+
+    def _filler(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """`count` tokens of prose, code or made-up sentences, with the places where a fact may stand."""
+        if count < 1:
+            raise ValueError(f"[TaskMaker.sample] expected room for a filler, {1 - count} tokens are missing.")
+        share = rng.random()
+        if share < (0.0 if self.split == "ood" else 0.75):
+            return (self.prose if share < 0.45 else self.code).window(rng, count)
+        language = self._sentences[rng.integers(len(self._sentences))]
+        lines, breaks, total = [], [], 0
+        while total < count:
+            line = language[rng.integers(len(language))]
+            breaks.append(total)
+            lines.append(line)
+            total += len(line)
+        return np.concatenate(lines)[:count], np.asarray(breaks)
+
+    # Everything else
+
+    def _text(self, rng: np.random.Generator, tokens: int, chat: bool, corpus: Corpus, task: str, ask: str) -> Sample:
+        """Text that goes on: the prompt is cut at a random point, the answer is what follows."""
+        most = min(LONGEST_ANSWER_TOKENS, tokens // 3)
+        answer = int(rng.integers(most // 2, most + 1))
+        texts: list[np.ndarray] = []
+
+        def body(room: int) -> np.ndarray:
+            texts.append(corpus.window(rng, room + answer)[0])
+            return texts[0][:room]
+
+        if chat and self.writer.has_template:
+            prompt = self._continued(rng, corpus, tokens - answer, answer, ask, texts)
+        else:
+            prompt = self.writer.prompt("", body, "", "", tokens=tokens - answer, chat=False)
+        return Sample(np.concatenate([prompt, texts[0][-answer:]]), len(prompt), task)
+
+    def _continued(self, rng, corpus, tokens, answer, ask, texts) -> np.ndarray:  # noqa: ANN001
+        """The chat form of `_text`: the user gives the text, the assistant's turn goes on with it."""
+
+        def body(room: int) -> np.ndarray:
+            texts.append(corpus.window(rng, room + answer)[0])
+            return texts[0][:room]
+
+        return self.writer.prompt(ask, body, "", "", tokens=tokens, chat=True)
+
+    def _code(self, rng: np.random.Generator, tokens: int, chat: bool) -> Sample:
+        return self._text(rng, tokens, chat, self.code, "code", "Continue this code.\n")
+
+    def _document(self, rng: np.random.Generator, tokens: int, chat: bool) -> Sample:
+        return self._text(rng, tokens, chat, self.prose, "document", "Continue this text.\n")
+
+    def _aggregation(self, rng: np.random.Generator, tokens: int, chat: bool) -> Sample:
+        """Which category of things is named most often in the whole text?"""
+        names = list(self.words.categories)
+        rng.shuffle(names)
+        shares = np.array([0.5] + [0.5 / (len(names) - 1)] * (len(names) - 1))
+        candidates = tuple(self.writer.encode(f" {name}") for name in names)
+        count = max(8, tokens // 64)
+
+        def body(room: int) -> np.ndarray:
+            kinds = rng.choice(len(names), count, p=shares)
+            pieces = [self.writer.encode(f"\nSeen: {rng.choice(self.words.categories[names[kind]])}.") for kind in kinds]
+            window, breaks = self._filler(rng, room - sum(map(len, pieces)))
+            return insert(window, breaks, pieces, rng.random(count))
+
+        tail = f"\n\nOf which kind were most of the things seen: {', '.join(sorted(names))}?"
+        prompt = self.writer.prompt(
+            "Read the text and count what was seen.\n", body, tail, "Most were of the kind", tokens=tokens - len(candidates[0]), chat=chat
+        )
+        return Sample(np.concatenate([prompt, candidates[0]]), len(prompt), "aggregation", candidates, form="most seen")
+
+    def _icl(self, rng: np.random.Generator, tokens: int, chat: bool) -> Sample:
+        """Examples of a made-up labelling of words; the last one is to be labelled."""
+        names = [str(name) for name in rng.choice(list(self.words.categories), 4, replace=False)]
+        labels = [str(label) for label in rng.choice(self.words.labels, 4, replace=False)]
+        candidates = [self.writer.encode(f" {label}") for label in labels]
+        wanted = int(rng.integers(4))
+        query = str(rng.choice(self.words.categories[names[wanted]]))
+
+        def body(room: int) -> np.ndarray:
+            lines, total = [], 0
+            while total < room:
+                kind = rng.integers(4)
+                word = rng.choice(self.words.categories[names[kind]])
+                lines.append(self.writer.encode(f"\n{word} ->{' '}{labels[kind]}"))
+                total += len(lines[-1])
+            return np.concatenate(lines)[-room:]
+
+        ordered = (candidates[wanted], *(c for i, c in enumerate(candidates) if i != wanted))
+        prompt = self.writer.prompt(
+            "Label the words as in the examples.\n", body, f"\n{query} ->", "", tokens=tokens - len(ordered[0]), chat=False
+        )
+        return Sample(np.concatenate([prompt, ordered[0]]), len(prompt), "icl", ordered, form="labels")

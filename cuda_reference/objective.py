@@ -1,0 +1,100 @@
+"""What training minimises: routes drawn by Gumbel noise, the LM loss, the sparsity penalty with learned multipliers.
+
+Maths (Flux Attention, arXiv 2604.07394, and its public code): a layer's z in [0, 1] weighs full attention,
+output = z * FA + (1 - z) * SA; Omega = 1 - mean of z over the layers, for one sample;
+loss = LM + mean over the tasks present of lambda1[task] |Omega - t| + lambda2[task] (Omega - t)^2,
+where t is the task's target and the lambdas follow gradient ascent, kept >= 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+def logistic_noise(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Difference of two Gumbel draws, which is a logistic one: float32 of `shape` on the generator's device."""
+    uniform = torch.rand(tuple(shape), generator=generator, device=generator.device)
+    uniform = uniform.clamp(1e-7, 1 - 1e-7)
+    return uniform.log() - (-uniform).log1p()
+
+
+def gumbel_route(logits: torch.Tensor, noise: torch.Tensor | None, tau: float, *, hard: bool = True) -> torch.Tensor:
+    """Draw z, the weight of full attention: softmax((logits + gumbel) / tau)[1] (Jang et al., arXiv 1611.01144).
+
+    Args:
+        logits: `[..., 2]`, logit 1 speaks for FULL.
+        noise: `[...]`, from `logistic_noise`: of two Gumbel draws only the difference matters. None: the decision of
+            inference.
+        tau: Temperature, positive.
+        hard: Straight-through: exactly 0 or 1 forward, the gradient of the soft value backward. False: the soft mixture.
+
+    Returns:
+        `[...]` of the logits' dtype.
+    """
+    gap = logits[..., 1] - logits[..., 0]
+    soft = torch.sigmoid((gap if noise is None else gap + noise) / tau)
+    if not hard:
+        return soft
+    return (soft > 0.5).to(soft.dtype) + soft - soft.detach()
+
+
+class SparsityPenalty(nn.Module):
+    """Pulls Omega of every task towards the task's target.
+
+    Args:
+        targets: Task name to target t in [0, 1].
+        generator: Draws the initial multipliers from U(0, 0.5).
+    """
+
+    def __init__(self, targets: Mapping[str, float], generator: torch.Generator):
+        super().__init__()
+        self.tasks = tuple(targets)
+        self.register_buffer("targets", torch.tensor([float(targets[task]) for task in self.tasks]))
+        first = 0.5 * torch.rand(2, len(self.tasks), generator=generator)
+        self.multipliers = nn.Parameter(first)  # lambda1 and lambda2, [2, tasks]
+
+    def forward(self, omega: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+        """Mean over the tasks present of the mean penalty of their samples.
+
+        Args:
+            omega: `[N]` float32, share of sparse layers of each sample.
+            task: `[N]` int64, index into `tasks`.
+        """
+        gap = omega - self.targets[task]
+        each = self.multipliers[0, task] * gap.abs() + self.multipliers[1, task] * gap.square()
+        return task_means(each, task, len(self.tasks))[0]
+
+    @torch.no_grad()
+    def keep_positive(self) -> None:
+        """Clamp the multipliers at 0; to be called after every optimiser step."""
+        self.multipliers.clamp_(min=0.0)
+
+
+def task_means(values: torch.Tensor, task: torch.Tensor, tasks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means of `values [N]` by task: (their mean over the tasks present, `[tasks]` with nan where absent)."""
+    counts = torch.zeros(tasks, dtype=values.dtype, device=values.device).index_add(0, task, torch.ones_like(values))
+    sums = torch.zeros_like(counts).index_add(0, task, values)
+    present = counts > 0
+    overall = (sums / counts.clamp(min=1)).sum() / present.sum().clamp(min=1)
+    return overall, torch.where(present, sums / counts.clamp(min=1), torch.nan).detach()
+
+
+def sample_nll(logits: torch.Tensor, targets: torch.Tensor, sample: torch.Tensor, samples: int) -> torch.Tensor:
+    """Mean negative log-likelihood of each sample's answer tokens, natural log.
+
+    Args:
+        logits: `[M, vocab]`, any float dtype; the softmax is float32.
+        targets: `[M]` int64.
+        sample: `[M]` int64, which sample a row belongs to.
+        samples: Number of samples; each has at least one row.
+
+    Returns:
+        `[samples]` float32.
+    """
+    nll = functional.cross_entropy(logits.float(), targets, reduction="none")
+    zeros = torch.zeros(samples, device=nll.device)
+    return zeros.index_add(0, sample, nll) / zeros.index_add(0, sample, torch.ones_like(nll))
