@@ -95,8 +95,10 @@ def dequantise_all(weights: Weights, settings: dict[str, Any] | None) -> Weights
         path = name.removesuffix(".scales")
         own = (settings or {}).get(path)
         choice = {**(settings or {}), **(own if isinstance(own, dict) else {})}
-        if choice.get("mode", "affine") != "affine" or f"{path}.biases" not in weights:
-XX        parts = weights[f"{path}.weight"], weights[name], weights[f"{path}.biases"]
+        mode = choice.get("mode", "affine") if f"{path}.biases" in weights else "one without biases"
+        if mode != "affine":
+            raise ValueError(f"[load] {path}: expected MLX's affine quantisation, got {mode!r}.")
+        parts = weights[f"{path}.weight"], weights[name], weights[f"{path}.biases"]
         try:
             result[f"{path}.weight"] = dequantise(*parts, choice["group_size"], choice["bits"])
         except KeyError as error:
