@@ -49,8 +49,9 @@ def main() -> None:
     if not directory.is_dir():
         gguf = fetch_gguf(args.models / "download")
         run("flux_mlx.convert", "--gguf", str(gguf), "--mlx-path", str(directory), *flux_settings())
-    prompt = f"{DOCUMENT.read_text(encoding="utf-8")}\n\n{QUESTION}"
-    print(f"\n{DOCUMENT.name}, {len(prompt.split())} words. {QUESTION}\n")
+    document = DOCUMENT.read_text(encoding="utf-8")
+    prompt = f"{document}\n\n{QUESTION}"
+    print(f"\n{DOCUMENT.name}, {len(document.split())} words. {QUESTION}\n")
     run(
         *("mlx_lm.generate", "--model", str(directory), "--trust-remote-code"),
         *("--max-tokens", str(args.max_tokens), "--prompt", prompt),
