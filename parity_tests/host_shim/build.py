@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 
 SHIM = Path(__file__).parent
-_FLAGS = ("-std=c++17", "-O1", "-march=native", "-ffp-contract=on", "-w", f"-I{SHIM}", f"-I{SHIM}/include")
+_LANGUAGE = ("-std=c++17", "-w", f"-I{SHIM}", f"-I{SHIM}/include")
+_FLAGS = (*_LANGUAGE, "-O1", "-march=native", "-ffp-contract=on")
 _SANITIZE = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 

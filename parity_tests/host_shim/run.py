@@ -6,7 +6,6 @@ import struct
 import subprocess
 import tempfile
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +72,18 @@ def as_array(value: Any) -> mx.array | View:
     return value
 
 
-@cache
-def source_of(launch: Launch, inputs: tuple[tuple[tuple[int, ...], str], ...]) -> str:
-    """The translation unit of MLX's text for `launch`."""
-    return text.translation_unit(text.generated_text(launch, list(inputs)))
+_SOURCES: dict[tuple, str] = {}
+
+
+def source_of(launch: Launch, arrays: list[mx.array | View]) -> str:
+    """The translation unit of MLX's text for `launch`. Of the shapes, the text knows rank 0 and fewer than 8 elements."""
+    shapes = [tuple(array.shape) for array in arrays]
+    kinds = tuple((len(s) == 0, int(np.prod(s)) < 8, dtype_name(a)) for s, a in zip(shapes, arrays, strict=True))
+    key = launch.spec, launch.template, kinds
+    if key not in _SOURCES:
+        inputs = [(shape, dtype_name(array)) for shape, array in zip(shapes, arrays, strict=True)]
+        _SOURCES[key] = text.translation_unit(text.generated_text(launch, inputs))
+    return _SOURCES[key]
 
 
 def _metadata(name: str, array: mx.array | View) -> bytes:
@@ -133,8 +140,7 @@ class HostRun:
             HostError: The kernel faulted; the message says how.
         """
         arrays = [as_array(value) for value in inputs]
-        source = source_of(launch, tuple((tuple(a.shape), dtype_name(a)) for a in arrays))
-        return self.run_source(source, launch, arrays)
+        return self.run_source(source_of(launch, arrays), launch, arrays)
 
     def run_source(self, source: str, launch: Launch, arrays: list[Any]) -> list[mx.array]:
         """Run translation unit `source`, which may be a mutant of the launch's own."""

@@ -1,0 +1,158 @@
+"""What can be said of the generated Metal text without running it, and the pattern's truth table run alone."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from flux_mlx.spec import PatternConfig, Route, RouterConfig, visible
+from metal_kernels import catalog, launches
+from metal_kernels.catalog import Buffer, KernelSpec, Launch
+from parity_tests.host_shim import build, text
+from parity_tests.host_shim.run import HostRun, as_array
+
+ATTRIBUTES = {
+    "thread_index_in_simdgroup",
+    "thread_index_in_threadgroup",
+    "simdgroup_index_in_threadgroup",
+    "threadgroup_position_in_grid",
+    "threadgroups_per_grid",
+}
+INT, FLOAT = ((), "int32"), ((), "float32")
+
+
+def variants(dtype: str, head_dim: int) -> list[tuple[Launch, list[tuple[tuple[int, ...], str]]]]:
+    """One launch of every kernel, with its inputs' shapes and dtypes."""
+    q, few, k = (2, 6, 70, head_dim), (2, 6, 3, head_dim), (2, 2, 133, head_dim)
+    qkv = [(q, dtype), (k, dtype), (k, dtype), ((2,), "int32")]
+    rest = [((5,), "int32"), INT, FLOAT]
+    table = [((1, 1, 6), "int32"), ((1, 1, 6, 9), "int32")] * 2
+    pieces = [((*few[:3], 2, head_dim), "float32"), ((*few[:3], 2, 2), "float32")]
+    shapes = RouterConfig.parameter_shapes(head_dim)
+    parameters = [(shapes[name], dtype) for name in catalog.ROUTER_PARAMETERS]
+    return [
+        (launches.prefill(q, dtype), qkv + rest),
+        (launches.prefill_table(q, dtype, 6, 16), qkv + table + [INT, INT, FLOAT]),
+        (launches.decode(few, 2, dtype, 1), [(few, dtype), *qkv[1:], *rest]),
+        (launches.decode(few, 2, dtype, 2), [(few, dtype), *qkv[1:], *rest]),
+        (launches.decode_merge(few, dtype), pieces),
+        (launches.router_pool((2, 70, 6, head_dim), dtype, 10), [((2, 70, 6, head_dim), dtype), INT]),
+        (launches.router_decide(2, head_dim, dtype), [((2, 3, head_dim), "float32"), FLOAT, *parameters]),
+        (launches.block_mass(q, 133, dtype, 16), [(q, dtype), (k, dtype), INT, INT]),
+    ]
+
+
+ALL = {
+    f"{launch.spec.name}-{dtype}-{head_dim}": (launch, inputs)
+    for dtype in catalog.DTYPES
+    for head_dim in catalog.HEAD_DIMS
+    for launch, inputs in variants(dtype, head_dim)
+}
+
+
+def test_every_kernel_is_among_the_variants():
+    assert {launch.spec.name for launch, _ in ALL.values()} == set(catalog.KERNELS)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_static_limits(name):
+    launch, inputs = ALL[name]
+    generated = text.generated_text(launch, inputs)
+    sign = text.signature(generated)
+    assert len(sign.buffers) <= 31
+    assert int(np.prod(launch.threadgroup)) <= 1024
+    assert launch.threadgroup_bytes <= 32768
+    assert "atomic" not in generated
+    assert all(grid % size == 0 for grid, size in zip(launch.grid, launch.threadgroup, strict=True))
+
+
+@pytest.mark.parametrize("spec", catalog.KERNELS.values(), ids=catalog.KERNELS)
+def test_text_follows_the_house_rules(spec):
+    header, body = spec.header(), spec.body()
+    assert len(body.splitlines()) <= 16, "a body is a call of a few lines; code goes into the header"
+    assert not re.search(r"^\s*threadgroup [^*&]*\[", header, re.MULTILINE), "threadgroup arrays belong to the body"
+    used = re.findall(r"\b(?:thread|threads|threadgroup|threadgroups|simdgroup)_\w+\b", re.sub(r"//.*", "", body))
+    assert "//" not in body, "MLX finds parameters by substring, comments included"
+    assert set(used) <= ATTRIBUTES, "names that the host shim does not provide"
+    for pointer in re.findall(r"(\w+) \w+\* ", re.sub(r"//.*", "", header)):
+        assert pointer in ("device", "constant", "threadgroup", "thread"), f"{pointer} * without an address space"
+
+
+@pytest.mark.skipif(
+    build.address_space_compiler() is None, reason="clang 18 or newer is not installed (apt-get install clang-19)"
+)
+@pytest.mark.parametrize("name", [name for name in ALL if name.endswith(("-float16-80", "-bfloat16-256"))])
+def test_address_spaces(name):
+    launch, inputs = ALL[name]
+    assert build.check_address_spaces(text.translation_unit(text.generated_text(launch, inputs))) == ""
+
+
+def test_catalog_agrees_with_the_specification():
+    names = RouterConfig.parameter_shapes(64)
+    assert set(catalog.ROUTER_PARAMETERS) == set(names)
+    pattern = (catalog.MSL / "pattern.h").read_text()
+    router = (catalog.MSL / "router.h").read_text()
+    assert f"kRouteSparse = {int(Route.SPARSE)};" in pattern
+    assert f"kRouteFull = {int(Route.FULL)};" in router
+    assert f"kQueryRows = {catalog.QUERY_ROWS};" in (catalog.MSL / "prefill.h").read_text()
+    assert f"kPoolSlots = {catalog.POOL_SLOTS};" in router
+
+
+@dataclass(frozen=True)
+class TruthSpec(KernelSpec):
+    """Writes, for every (query, key), whether pattern.h lets the query see the key."""
+
+    def header(self) -> str:
+        return (catalog.MSL / "pattern.h").read_text()
+
+    def body(self) -> str:
+        return """
+const int q_pos = int(threadgroup_position_in_grid.x);
+const flux::Rule read = flux::read_rule(rule, route);
+const flux::Span one = flux::query_span(read, q_pos, tokens);
+const flux::Span all = flux::union_span(read, q_pos, min(q_pos + 4, tokens - 1), tokens);
+const int common = flux::common_begin(read, q_pos, min(q_pos + 4, tokens - 1));
+for (int k_pos = 0; k_pos < tokens; k_pos++) {
+  const int64_t at = int64_t(q_pos) * tokens + k_pos;
+  seen[at] = flux::sees(one, k_pos);
+  in_union[at] = flux::sees(all, k_pos);
+  in_common[at] = k_pos >= common && k_pos <= q_pos;
+}
+"""
+
+
+@pytest.mark.parametrize("name", ["streaming", "triangle", "full"])
+@pytest.mark.parametrize("block", [1, 3, 4])
+@pytest.mark.parametrize("sink", [0, 2, 7, 40])
+@pytest.mark.parametrize("window", [1, 5, 9, 60])
+def test_visible_by_truth_table(name, block, sink, window):
+    n = 33
+    pattern = PatternConfig("streaming" if name == "full" else name, block, sink, window, last_tokens=6)
+    dense = (21, 27) if name == "triangle" else (0, 0)
+    words = (pattern.block_size, pattern.sink_blocks, pattern.window_blocks, *dense)
+    spec = TruthSpec(
+        "truth",
+        "",
+        (),
+        (Buffer("rule", "int32", "[5]"), Buffer("route", "int32", "scalar"), Buffer("tokens", "int32", "scalar")),
+        tuple(Buffer(output, "int32", "[n, n]") for output in ("seen", "in_union", "in_common")),
+        32,
+        "(n, 1, 1)",
+    )
+    launch = Launch(spec, (), (n * 32, 1, 1), (32, 1, 1), ((n, n),) * 3, ("int32",) * 3, 0)
+    route = Route.FULL if name == "full" else Route.SPARSE
+    seen, union, common = (np.array(x) for x in HostRun()(launch, [as_array(words), int(route), n]))
+    positions = np.arange(n)
+    expected = visible(pattern, positions[:, None], positions[None, :], 27 if name == "triangle" else None)
+    if name == "full":
+        expected = np.tri(n, dtype=bool)
+    np.testing.assert_array_equal(seen, expected)
+    for q in range(n):
+        rows = expected[q : q + 5]
+        assert not (rows.any(0) & ~union[q].astype(bool)).any(), "the union must hold all that is seen"
+        last = min(q + 4, n - 1)
+        assert union[q].sum() <= rows.any(0).sum() + block * (last - q), "the union must skip what nobody sees"
+        assert not (common[q].astype(bool) & ~rows.all(0)).any(), "common keys are seen by every query"
