@@ -1,36 +1,29 @@
-"""The tokenizer in a GGUF's metadata, as tokenizer.json and tokenizer_config.json: byte-level BPE only."""
+"""The tokenizer of a GGUF as tokenizer.json and tokenizer_config.json: byte-level BPE, and SentencePiece's BPE."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from flux_mlx.gguf import GGUFError, GGUFFile
+from flux_mlx.gguf_vocabulary import BYTE_LEVEL, TokenType, Vocabulary
 
-
-class TokenType(IntEnum):
-    """Codes of `tokenizer.ggml.token_type` that need treatment of their own."""
-
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
+_SPACE = "▁"  # what SentencePiece writes for a space
 
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """How text is split before BPE.
+    """How text is split before byte-level BPE.
 
     Args:
         steps: Splits before the byte level: "digits" (each alone), or a regular expression.
         gpt2_split: Whether GPT-2's own expression follows.
         whole_words: A word that is in the vocabulary is one token, whatever the merges say.
-        adds_bos: Whether the first token is written when the file does not say.
+        adds_bos: Whether the bos token is put in front when the file does not say.
     """
 
     steps: tuple[str, ...]
@@ -41,11 +34,10 @@ class PreTokenizer:
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT2 = PreTokenizer((), True)
 _SINGLE_DIGITS = PreTokenizer(("digits",), True)
 _LLAMA3 = PreTokenizer((_WORDS % r"\p{N}{1,3}",), False, whole_words=True, adds_bos=True)
 PRE_TOKENIZERS = {
-    "gpt-2": _GPT2,
+    "gpt-2": PreTokenizer((), True),
     "smollm": _SINGLE_DIGITS,
     "starcoder": _SINGLE_DIGITS,
     "refact": _SINGLE_DIGITS,
@@ -57,71 +49,11 @@ PRE_TOKENIZERS = {
 """Values of `tokenizer.ggml.pre` that are read."""
 
 
-class _Vocabulary:
-    """The checked tokenizer metadata of one file."""
-
-    def __init__(self, file: GGUFFile):
-        self.path, self._metadata = file.path, file.metadata
-        model = self._get("model", str)
-        if model != "gpt2":
-            raise self.fail(f"tokenizer model {model!r} is not read; expected 'gpt2' (byte-level BPE)")
-        name = self._get("pre", str, "gpt-2")
-        if name not in PRE_TOKENIZERS:
-            raise self.fail(f"pre-tokenizer {name!r} is not read; expected one of {sorted(PRE_TOKENIZERS)}")
-        self.pre = PRE_TOKENIZERS[name]
-        self.tokens: list[str] = self._get("tokens", list)
-        if len(set(self.tokens)) != len(self.tokens):
-            raise self.fail("tokenizer.ggml.tokens has a token twice")
-        self.types = self._types()
-        self.merges = self._merges()
-        self.adds_bos = self._get("add_bos_token", bool, self.pre.adds_bos)
-        self.ids = {name: self._id(key) for name, key in _SPECIAL_KEYS.items()}
-        self.end_of_turn = self._id("eot_token_id")
-        self.chat_template = file.metadata.get("tokenizer.chat_template")
-
-    def fail(self, reason: str) -> GGUFError:
-        return GGUFError(f"[gguf] {self.path}: {reason}")
-
-    def _get(self, key: str, kind: type, default: Any = None) -> Any:
-        value = self._metadata.get(f"tokenizer.ggml.{key}", default)
-        if not isinstance(value, kind):
-            raise self.fail(f"tokenizer.ggml.{key} must be a {kind.__name__}, got {type(value).__name__}")
-        return value
-
-    def _types(self) -> np.ndarray:
-        types = self._get("token_type", np.ndarray, np.ones(len(self.tokens), np.int32))
-        if len(types) != len(self.tokens):
-            raise self.fail(f"tokenizer.ggml.token_type has {len(types)} items for {len(self.tokens)} tokens")
-        return types
-
-    def _merges(self) -> list[tuple[str, str]]:
-        known = set(self.tokens)
-        merges = []
-        for index, line in enumerate(self._get("merges", list)):
-            left, _, right = line.partition(" ")
-            if not left or not right or not {left, right, left + right} <= known:
-                raise self.fail(f"merge {index} {line!r} joins or makes something that is no token")
-            merges.append((left, right))
-        return merges
-
-    def _id(self, key: str) -> int | None:
-        value = self._metadata.get(f"tokenizer.ggml.{key}")
-        if value is not None and (type(value) is not int or not 0 <= value < len(self.tokens)):
-            raise self.fail(f"tokenizer.ggml.{key} must be below {len(self.tokens)}, got {value!r}")
-        return value
-
-
-_SPECIAL_KEYS = {
-    "bos_token": "bos_token_id",
-    "eos_token": "eos_token_id",
-    "unk_token": "unknown_token_id",
-    "pad_token": "padding_token_id",
-}
-
-
-def _build(vocabulary: _Vocabulary) -> Tokenizer:
-    """The `tokenizers` object."""
-    pre = vocabulary.pre
+def _byte_level(vocabulary: Vocabulary) -> tuple[Tokenizer, bool]:
+    """The tokenizer, without special tokens, and whether it puts bos in front by default."""
+    if vocabulary.pre not in PRE_TOKENIZERS:
+        raise vocabulary.fail(f"pre-tokenizer {vocabulary.pre!r} is not read; expected one of {sorted(PRE_TOKENIZERS)}")
+    pre = PRE_TOKENIZERS[vocabulary.pre]
     ids = {token: index for index, token in enumerate(vocabulary.tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=vocabulary.merges, ignore_merges=pre.whole_words))
     steps = [
@@ -133,17 +65,65 @@ def _build(vocabulary: _Vocabulary) -> Tokenizer:
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.gpt2_split))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
-    for token, kind in zip(vocabulary.tokens, vocabulary.types.tolist(), strict=True):
-        if kind in (TokenType.CONTROL, TokenType.UNKNOWN):
-            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif kind == TokenType.USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(token, normalized=False)])
-    bos = vocabulary.ids["bos_token"]
-    if vocabulary.adds_bos and bos is not None:
-        text = vocabulary.tokens[bos]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[text, "$A"], pair=[text, "$A", text, "$B"], special_tokens=[(text, bos)]
-        )
+    return tokenizer, pre.adds_bos
+
+
+def _merges_by_score(vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    """SentencePiece joins the pair that makes the token of the highest score: the same as a list of merges."""
+    ids = {token: index for index, token in enumerate(vocabulary.tokens)}
+    mergeable = set(vocabulary.of_type(TokenType.NORMAL, TokenType.UNUSED))
+    found = []
+    for token in mergeable:
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+        order = (-float(vocabulary.scores[ids[token]]), ids[token])
+        found += [(*order, ids[a], ids[b], a, b) for a, b in pairs if a in mergeable and b in mergeable]
+    return [(left, right) for *_, left, right in sorted(found)]
+
+
+def _sentencepiece(vocabulary: Vocabulary) -> tuple[Tokenizer, bool]:
+    """As `_byte_level`. Characters without a token are spelled in bytes where the vocabulary has them."""
+    ids = {token: index for index, token in enumerate(vocabulary.tokens)}
+    unknown = vocabulary.ids["unk_token"]
+    model = models.BPE(
+        vocab=ids,
+        merges=_merges_by_score(vocabulary),
+        unk_token=None if unknown is None else vocabulary.tokens[unknown],
+        fuse_unk=True,
+        byte_fallback=bool(vocabulary.of_type(TokenType.BYTE)),
+    )
+    tokenizer = Tokenizer(model)
+    prefixed = vocabulary.flag("add_space_prefix", True)
+    first = [normalizers.Prepend(_SPACE)] if prefixed else []
+    last = [decoders.Strip(content=" ", left=1, right=0)] if prefixed else []
+    tokenizer.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", _SPACE)])
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps + last)
+    return tokenizer, True
+
+
+def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
+    """The `tokenizers` object of a vocabulary.
+
+    Raises:
+        GGUFError: A pre-tokenizer that is not read, or something that `tokenizers` refuses.
+    """
+    build = _byte_level if vocabulary.model == BYTE_LEVEL else _sentencepiece
+    try:
+        tokenizer, adds_bos = build(vocabulary)
+        special = vocabulary.of_type(TokenType.CONTROL, TokenType.UNKNOWN)
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+        own = vocabulary.of_type(TokenType.USER_DEFINED)
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in own])
+        bos = vocabulary.ids["bos_token"]
+        if bos is not None and vocabulary.flag("add_bos_token", adds_bos):
+            text = vocabulary.tokens[bos]
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=[text, "$A"], pair=[text, "$A", text, "$B"], special_tokens=[(text, bos)]
+            )
+    except GGUFError:
+        raise
+    except Exception as error:  # tokenizers raises nothing more special
+        raise vocabulary.fail(f"the vocabulary is refused by tokenizers: {error}") from error
     return tokenizer
 
 
@@ -158,14 +138,10 @@ def write_tokenizer(file: GGUFFile, config: dict[str, Any], out: Path) -> None:
     Raises:
         GGUFError: Another kind of tokenizer, or metadata that contradicts itself.
     """
-    vocabulary = _Vocabulary(file)
+    vocabulary = Vocabulary(file)
     if len(vocabulary.tokens) != config["vocab_size"]:
         raise vocabulary.fail(f"{len(vocabulary.tokens)} tokens for {config['vocab_size']} rows of embeddings")
-    try:
-        tokenizer = _build(vocabulary)
-    except Exception as error:  # the library raises nothing more special
-        raise vocabulary.fail(f"the vocabulary is refused by tokenizers: {error}") from error
-    tokenizer.save(str(out / "tokenizer.json"))
+    build_tokenizer(vocabulary).save(str(out / "tokenizer.json"))
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config["max_position_embeddings"],
@@ -178,6 +154,6 @@ def write_tokenizer(file: GGUFFile, config: dict[str, Any], out: Path) -> None:
                 config[f"{name}_id"] = index
     if vocabulary.end_of_turn not in (None, config.get("eos_token_id")):
         config["eos_token_id"] = [i for i in (config.get("eos_token_id"), vocabulary.end_of_turn) if i is not None]
-    if isinstance(vocabulary.chat_template, str):
+    if vocabulary.chat_template is not None:
         settings["chat_template"] = vocabulary.chat_template
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")

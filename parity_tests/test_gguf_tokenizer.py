@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm import load
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -86,6 +88,88 @@ def test_words_of_the_vocabulary_need_no_merge(tmp_path: Path) -> None:
         write_plain_directory(TinyLlama(layers=1, pre=pre, changes=merges).write(tmp_path / "a.gguf"), tmp_path / pre)
         tokenizer = Tokenizer.from_file(str(tmp_path / pre / "tokenizer.json"))
         assert tokenizer.encode("the then", add_special_tokens=False).tokens == want
+
+
+# SentencePiece
+
+WORDS = [
+    "the",
+    " there",
+    "were ",
+    "wor",
+    "12",
+    " other",
+    "aaaa",
+    "aaa",
+    "ü",
+    "\t",
+    "字",
+    "😀",
+    "'s",
+    "  ",
+    "ß",
+    "<0x41>",
+]
+SAMPLES = [
+    "the there were other words in the other world 12 34 123",
+    "it's not what they were  thinking; aaaa aaa aa a",
+    "Wörter über größere Straßen\tund Zeilen",
+]
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model() -> SentencePieceProcessor:
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(SAMPLES * 20),
+        model_writer=model,
+        vocab_size=340,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return SentencePieceProcessor(model_proto=model.getvalue())
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_directory(
+    sentencepiece_model: SentencePieceProcessor, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder, model = tmp_path_factory.mktemp("sentencepiece"), sentencepiece_model
+    ids = range(model.vocab_size())
+    kinds = [6 if model.is_byte(i) else 3 if model.is_control(i) else 2 if model.is_unknown(i) else 1 for i in ids]
+    words = {"model": "llama", "scores": [model.get_score(i) for i in ids], "token_type": kinds, "merges": None}
+    words |= {"pre": None, "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "add_bos_token": None}
+    changes = {f"tokenizer.ggml.{key}": value for key, value in words.items()}
+    llama = TinyLlama(layers=1, vocabulary=[model.id_to_piece(i) for i in ids], changes=changes)
+    write_plain_directory(llama.write(folder / "tiny.gguf"), folder / "plain")
+    return folder / "plain"
+
+
+@settings(max_examples=150, deadline=None)
+@given(content=st.lists(st.sampled_from(WORDS) | st.characters(max_codepoint=0x24F), max_size=10).map("".join))
+def test_tokenizer_is_sentencepieces(
+    sentencepiece_model: SentencePieceProcessor, sentencepiece_directory: Path, content: str
+) -> None:
+    tokenizer = Tokenizer.from_file(str(sentencepiece_directory / "tokenizer.json"))
+    ids = tokenizer.encode(content, add_special_tokens=False).ids
+    assert ids == sentencepiece_model.encode(content)
+    assert tokenizer.decode(ids) == content
+
+
+def test_sentencepiece_tokenizer_in_mlx_lm(sentencepiece_directory: Path) -> None:
+    _, tokenizer = load(str(sentencepiece_directory))
+    ids = tokenizer.encode("the other worlds")
+    assert ids[0] == 1
+    detokenizer = tokenizer.detokenizer
+    for index in ids[1:]:
+        detokenizer.add_token(index)
+    detokenizer.finalize()
+    assert detokenizer.text == "the other worlds"
+    assert tokenizer.eos_token_ids == {2}
 
 
 def test_bos_is_written_when_the_file_asks(tmp_path: Path) -> None:

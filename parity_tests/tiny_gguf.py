@@ -56,6 +56,7 @@ class TinyLlama:
     tied: bool = True
     quant: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32
     pre: str = "smollm"
+    vocabulary: list[str] = field(default_factory=tokens)
     changes: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, np.ndarray | None] = field(default_factory=dict)
 
@@ -71,9 +72,9 @@ class TinyLlama:
         layer |= {f"{name}.bias": shape[:1] for name, shape in shapes.items() if self.bias and "attn" in name}
         layer |= {"input_layernorm.weight": (self.hidden,), "post_attention_layernorm.weight": (self.hidden,)}
         model = {f"model.layers.{i}.{name}": shape for i in range(self.layers) for name, shape in layer.items()}
-        model |= {"model.embed_tokens.weight": (len(tokens()), self.hidden), "model.norm.weight": (self.hidden,)}
+        model |= {"model.embed_tokens.weight": (len(self.vocabulary), self.hidden), "model.norm.weight": (self.hidden,)}
         if not self.tied:
-            model["lm_head.weight"] = (len(tokens()), self.hidden)
+            model["lm_head.weight"] = (len(self.vocabulary), self.hidden)
         return {name: 0.2 * rng.standard_normal(shape, np.float32) for name, shape in model.items()}
 
     def _gguf_tensors(self) -> dict[str, np.ndarray]:
@@ -99,9 +100,8 @@ class TinyLlama:
         metadata: dict[str, Any] = {f"llama.{key}": value for key, value in sizes.items()}
         metadata |= {"llama.rope.freq_base": 50000.0, "llama.attention.layer_norm_rms_epsilon": 1e-5}
         metadata |= {"general.architecture": "llama", "general.name": "Tiny", "general.license": "apache-2.0"}
-        vocabulary = tokens()
-        kinds = [3] * len(SPECIAL_TOKENS) + [1] * (len(vocabulary) - len(SPECIAL_TOKENS))
-        words = {"model": "gpt2", "pre": self.pre, "tokens": vocabulary, "token_type": kinds, "merges": MERGES}
+        kinds = [3] * len(SPECIAL_TOKENS) + [1] * (len(self.vocabulary) - len(SPECIAL_TOKENS))
+        words = {"model": "gpt2", "pre": self.pre, "tokens": self.vocabulary, "token_type": kinds, "merges": MERGES}
         words |= {"bos_token_id": 1, "eos_token_id": 0, "add_bos_token": False}
         metadata |= {f"tokenizer.ggml.{key}": value for key, value in words.items()}
         return metadata | {"tokenizer.chat_template": CHAT_TEMPLATE} | self.changes
