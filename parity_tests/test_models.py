@@ -90,14 +90,14 @@ def test_quantised_keys_from_the_first_chunk(route, bits):
 def test_speculative_is_greedy_as_target_and_as_draft(drafted, route):
     tokens = prompt(61)
     set_route(MODEL, route)
-    settings = {"max_tokens": 24, "num_draft_tokens": drafted, "prefill_step_size": 512}
-    expected = generated(MODEL, tokens, 24)[0]
+    settings = {"max_tokens": 14, "num_draft_tokens": drafted, "prefill_step_size": 512}
+    expected = generated(MODEL, tokens, 14)[0]
     as_target = speculative_generate_step(mx.array(tokens), MODEL, STOCK, **settings)
     assert [token for token, *_ in as_target] == expected
     as_draft = list(speculative_generate_step(mx.array(tokens), STOCK, MODEL, **settings))
-    assert [token for token, *_ in as_draft] == generated(STOCK, tokens, 24)[0]
+    assert [token for token, *_ in as_draft] == generated(STOCK, tokens, 14)[0]
     if route == "full":
-        assert sum(accepted for *_, accepted in as_draft) >= 12
+        assert sum(accepted for *_, accepted in as_draft) >= 7
 
 
 def batch_tokens(model, rows: list[list[int]], late: list[list[int]] = (), n: int = 12, **settings) -> list[list[int]]:

@@ -1,0 +1,194 @@
+"""What happens to a request inside the server: routes are noted, caches bounded, a failure ends no other request."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections import deque
+from dataclasses import asdict, dataclass
+from queue import Queue
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import LRUPromptCache, trim_prompt_cache
+from mlx_lm.server import GenerationContext, ResponseGenerator
+
+from flux_mlx.cache import describe_routes
+
+RECENT_REQUESTS = 100
+
+
+@dataclass(frozen=True)
+class Served:
+    """A request that was answered."""
+
+    id: str
+    prompt_tokens: int
+    cached_tokens: int
+    answer_tokens: int
+    routes: str
+
+
+class RequestLog:
+    """Counts, and the routes of the latest requests. Methods may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: list[tuple[str, weakref.ref[GenerationContext]]] = []
+        self._recent: deque[Served] = deque(maxlen=RECENT_REQUESTS)
+        self.requests = self.answered = self.failed = 0
+
+    def started(self, request_id: str, context: GenerationContext) -> None:
+        """Note that a request's prompt is being processed. Gone contexts (dropped requests) are forgotten here."""
+        with self._lock:
+            self.requests += 1
+            self._open = [(name, ref) for name, ref in self._open if ref() is not None]
+            self._open.append((request_id, weakref.ref(context)))
+
+    def failed_one(self) -> None:
+        """Note that a request failed."""
+        with self._lock:
+            self.failed += 1
+
+    def finished(self, tokens: list[int], cache: list[Any]) -> None:
+        """Note the routes of the request whose prompt begins `tokens`; the log gets a line."""
+        with self._lock:
+            found = [at for at, (_, ref) in enumerate(self._open) if _is_of(ref(), tokens)]
+            if not found:
+                return
+            request_id, ref = self._open.pop(found[0])
+            context = ref()
+            prompt_tokens, cached = len(context.prompt), max(0, context.prompt_cache_count)
+            entry = Served(request_id, prompt_tokens, cached, len(tokens) - prompt_tokens, describe_routes(cache))
+            self.answered += 1
+            self._recent.append(entry)
+        logging.info("%s: %d prompt tokens, %d of them cached; %s", request_id, prompt_tokens, cached, entry.routes)
+
+    def stats(self) -> dict[str, Any]:
+        """JSON form, the latest request last."""
+        with self._lock:
+            counts = {"requests": self.requests, "answered": self.answered, "failed": self.failed}
+            return {**counts, "recent": [asdict(entry) for entry in self._recent]}
+
+
+def _is_of(context: GenerationContext | None, tokens: list[int]) -> bool:
+    """Whether `tokens` begin with the request's prompt."""
+    return context is not None and tokens[: len(context.prompt)] == context.prompt
+
+
+class PromptCache(LRUPromptCache):
+    """mlx-lm's prompt cache with a limit in bytes, which also reports the routes of finished requests.
+
+    Args:
+        max_size: Sequences to keep at most.
+        max_bytes: Bytes to keep at most.
+        log: Where to report.
+    """
+
+    def __init__(self, max_size: int, max_bytes: int, log: RequestLog):
+        super().__init__(max_size, max_bytes)
+        self.log = log
+
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
+        """As mlx-lm's, but one token is always left to run: its batches need one."""
+        cache, rest = super().fetch_nearest_cache(model, tokens)
+        if cache is None or rest:
+            return cache, rest
+        return (cache, tokens[-1:]) if trim_prompt_cache(cache, 1) else (None, tokens)
+
+    def insert_cache(self, model: Any, tokens: list[int], prompt_cache: list[Any], **kwargs: Any) -> None:
+        """As mlx-lm's. Caches of whole answers come without a type or as "assistant"."""
+        if kwargs.get("cache_type", "assistant") == "assistant":
+            self.log.finished(tokens, prompt_cache)
+        super().insert_cache(model, tokens, prompt_cache, **kwargs)
+
+
+class _Answer:
+    """A request's response queue as the generation thread sees it: what passes is noted."""
+
+    def __init__(self, queue: Queue, request_id: str, requests: _Requests):
+        self.queue, self.request_id, self.requests = queue, request_id, requests
+
+    def put(self, item: Any) -> None:
+        if isinstance(item, GenerationContext):
+            self.requests.log.started(self.request_id, item)
+        elif isinstance(item, Exception):
+            self.requests.log.failed_one()
+        if item is None or isinstance(item, Exception):
+            self.requests.waiting.discard(self.queue)
+        self.queue.put(item)
+
+
+class _Requests(Queue):
+    """Requests to the generation thread, whose response queues are known as long as somebody waits at them."""
+
+    def __init__(self, log: RequestLog):
+        super().__init__()
+        self.log = log
+        self.waiting: weakref.WeakSet[Queue] = weakref.WeakSet()
+
+    def put(self, item: Any, *args: Any, **kwargs: Any) -> None:
+        queue, request, settings = item
+        self.waiting.add(queue)
+        answer = _Answer(queue, getattr(request, "request_id", "request"), self)
+        super().put((answer, request, settings), *args, **kwargs)
+
+
+class Generator(ResponseGenerator):
+    """mlx-lm's generation thread, which outlives an error: the requests in flight fail, the next ones are served."""
+
+    def __init__(self, model_provider: Any, prompt_cache: PromptCache):
+        self._pending = _Requests(prompt_cache.log)
+        self._loaded: Queue[Exception | None] = Queue()
+        super().__init__(model_provider, prompt_cache)
+
+    def wait_until_loaded(self) -> None:
+        """Return when the default model is there; raise what its loading raised."""
+        error = self._loaded.get()
+        if error is not None:
+            raise error
+
+    @property
+    def requests(self) -> _Requests:
+        """The queue to the generation thread."""
+        return self._pending
+
+    @requests.setter
+    def requests(self, queue: Queue) -> None:
+        """The base class's own queue is not used."""
+
+    def _run_generate(self) -> None:
+        try:
+            self.model_provider.load_default()  # in this thread, to which lazy arrays of a model belong
+        except Exception as error:
+            self._loaded.put(error)
+            return
+        self._loaded.put(None)
+        while not self._stop:
+            try:
+                self._generate()
+            except Exception as error:
+                logging.exception("generation failed")
+                self._fail_requests(error)
+
+    def _fail_requests(self, error: Exception) -> None:
+        while not self._pending.empty():
+            self._pending.get_nowait()
+        for queue in list(self._pending.waiting):
+            self._pending.log.failed_one()
+            queue.put(RuntimeError(f"generation failed: {error}"))
+        mx.clear_cache()
+
+    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        """As mlx-lm's, with the checks that need the model."""
+        found = super()._tokenize(tokenizer, request, args)
+        if not found[0]:
+            raise ValueError("the prompt has no tokens")
+        vocabulary = self.model_provider.vocabulary_size()
+        wrong = [token for token in args.logits.logit_bias or () if not 0 <= token < vocabulary]
+        if wrong:
+            raise ValueError(f"logit_bias must name tokens from 0 to {vocabulary - 1}, got {wrong}")
+        if args.sampling.top_k >= vocabulary:
+            raise ValueError(f"top_k must be below the vocabulary's {vocabulary}, got {args.sampling.top_k}")
+        return found
