@@ -15,6 +15,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 BUDGET_FACTOR = 2.0  # a candidate may be this much worse than the baseline,
 BUDGET_ULPS = 2.0  # plus this many units in the last place of the largest oracle value
 RMS_RATIO = {"float32": 1e-5, "float16": 0.005, "bfloat16": 0.005}
+MODEL_ATOL = 2e-5  # float32 logits of order 1 of a tiny model, the same maths cut into other calls
 NEAR_TIE = 1e-4  # decisions with a smaller margin are reported, not compared
 MANTISSA_BITS = {"float32": 23, "float16": 10, "bfloat16": 7}
 
