@@ -134,7 +134,7 @@ def table_attention(
     _check_route(who, route, shape[0])
     rows = check_table_shapes(who, [tuple(part.shape) for part in table], shape, kv_tokens, block_size)
     inputs = [q, k, v, route, *table, block_size, kv_tokens, float(scale)]
-    out, lse = run(launches.prefill_table(shape, dtype, rows, block_size), inputs)
+    out, lse = run(launches.prefill_table(shape, dtype, rows, min(block_size, kv_tokens)), inputs)
     return out, lse
 
 

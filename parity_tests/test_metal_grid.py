@@ -198,7 +198,7 @@ def test_transposed_queries_and_keys_are_read_in_place(q_tokens):
     case = Case(2, 2, 3, q_tokens, 50, 64, COARSE, seed=q_tokens)
 
     def swapped(x: np.ndarray) -> View:
-        batch, heads, tokens, head_dim = x.shape
+        _, heads, tokens, head_dim = x.shape
         buffer = mx.array(np.ascontiguousarray(x.transpose(0, 3, 2, 1)))
         return View(buffer, x.shape, (heads * tokens * head_dim, 1, heads, heads * tokens))
 

@@ -7,7 +7,7 @@ const flux::DecodeSeat seat = flux::decode_seat(
 const flux::Keys<T> keys = {
     flux::head_rows(k, k_shape, k_strides, seat.batch, seat.kv_head),
     flux::head_rows(v, v_shape, v_strides, seat.batch, seat.kv_head),
-    min(int(kv_tokens), min(k_shape[2], v_shape[2])), scale * flux::kLog2e};
+    flux::tokens_in_use(kv_tokens, k_shape, v_shape), scale * flux::kLog2e};
 flux::decode<T, D, ROWS, FINAL>(
     q, q_shape, q_strides, keys, heads_per_kv, flux::read_rule(rule, route[min(seat.batch, route_shape[0] - 1)]), seat,
     tile, out, stats);

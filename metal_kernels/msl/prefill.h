@@ -278,6 +278,7 @@ template <typename T, int D, typename TableType>
 METAL_FUNC void prefill_table(
     Rows<T> q, Keys<T> keys, TableType table, const constant int* table_shape, int batch, int head, int block_size,
     bool is_sparse, int tile_index, Seat seat, threadgroup T* tile, device T* out, device float* lse) {
+  block_size = min(max(block_size, 1), max(keys.kv_tokens, 1));  // a larger block is one block
   const int offset = keys.kv_tokens - q.tokens;
   const BlockTile rows = block_tile(tile_index, block_size, max(offset, 0), keys.kv_tokens);
   const int q_pos = rows.first + seat.row;

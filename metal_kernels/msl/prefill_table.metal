@@ -4,9 +4,9 @@ const int kv_head = at.y / max(q_shape[1] / k_shape[1], 1);
 const int64_t line = (int64_t(at.z) * q_shape[1] + at.y) * q_shape[2];
 const flux::Keys<T> keys = {
     flux::head_rows(k, k_shape, k_strides, at.z, kv_head), flux::head_rows(v, v_shape, v_strides, at.z, kv_head),
-    min(int(kv_tokens), min(k_shape[2], v_shape[2])), scale * flux::kLog2e};
+    flux::tokens_in_use(kv_tokens, k_shape, v_shape), scale * flux::kLog2e};
 const auto table = flux::make_table(counts, indices, full_counts, full_indices);
 flux::prefill_table<T, D>(
     flux::head_rows(q, q_shape, q_strides, at.z, at.y), keys, table, indices_shape, at.z, at.y,
-    max(int(block_size), 1), route[min(at.z, route_shape[0] - 1)] == flux::kRouteSparse, at.x,
+    block_size, route[min(at.z, route_shape[0] - 1)] == flux::kRouteSparse, at.x,
     flux::take_seat(simdgroup_index_in_threadgroup, thread_index_in_simdgroup), tile, out + line * D, lse + line);

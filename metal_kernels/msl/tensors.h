@@ -30,6 +30,11 @@ METAL_FUNC Rows<T> head_rows(
   return rows;
 }
 
+// `kv_tokens` brought into the bounds of both buffers.
+METAL_FUNC int tokens_in_use(int kv_tokens, const constant int* k_shape, const constant int* v_shape) {
+  return max(0, min(kv_tokens, min(k_shape[2], v_shape[2])));
+}
+
 // One element as float32; 0 outside [0, tokens).
 template <typename T>
 METAL_FUNC float element(Rows<T> rows, int token, int channel) {

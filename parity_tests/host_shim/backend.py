@@ -9,6 +9,7 @@ import numpy as np
 
 from flux_mlx import kernels, spec, xattention
 from flux_mlx.spec import PatternConfig
+from metal_kernels import launches
 from metal_kernels.catalog import HEAD_DIMS
 from metal_kernels.operations import Run
 from parity_tests.backends import Arrays, Backend, BlockChoice, Router
@@ -30,8 +31,8 @@ def _missing() -> str:
 
 def _router(run: Run) -> Router:
     def pool(queries: np.ndarray, dtype: str, pool_tokens: int) -> np.ndarray:
-        _, tokens, heads, head_dim = queries.shape
-        launch = kernels.operations.launches.router_pool(queries.shape, dtype, pool_tokens)
+        _, tokens, heads, _ = queries.shape
+        launch = launches.router_pool(queries.shape, dtype, pool_tokens)
         (sums,) = run(launch, [_to(queries, dtype), pool_tokens])
         return _back(sums).sum(1) / np.float32(2 * min(pool_tokens, tokens) * heads)
 

@@ -16,7 +16,6 @@ from metal_kernels.catalog import Launch
 from parity_tests.host_shim import build, text
 
 SCHEDULES = ("fair", "ahead", "behind", "shuffled")
-_TIMEOUT_S = 300
 
 
 class HostError(RuntimeError):
@@ -76,7 +75,7 @@ _SOURCES: dict[tuple, str] = {}
 
 
 def source_of(launch: Launch, arrays: list[mx.array | View]) -> str:
-    """The translation unit of MLX's text for `launch`. Of the shapes, the text knows rank 0 and fewer than 8 elements."""
+    """The translation unit of MLX's text for `launch`. Of the shapes it knows only rank 0 and fewer than 8 elements."""
     shapes = [tuple(array.shape) for array in arrays]
     kinds = tuple((len(s) == 0, int(np.prod(s)) < 8, dtype_name(a)) for s, a in zip(shapes, arrays, strict=True))
     key = launch.spec, launch.template, kinds
@@ -127,11 +126,13 @@ class HostRun:
         schedule: One of SCHEDULES.
         seed: Of the shuffled schedule.
         sanitize: Run under AddressSanitizer and UBSan.
+        timeout_s: Longest run of a kernel.
     """
 
     schedule: str = "fair"
     seed: int = 0
     sanitize: bool = False
+    timeout_s: int = 300
 
     def __call__(self, launch: Launch, inputs: list[Any]) -> list[mx.array]:
         """Run `launch`; outputs hold NaN (all bits set) where the kernel wrote nothing.
@@ -147,7 +148,7 @@ class HostRun:
         program = build.executable(source, sanitize=self.sanitize)
         named = dict(zip(launch.spec.inputs, arrays, strict=True))
         job, outputs = _job(launch, text.signature(source), named, self.schedule, self.seed)
-        result = _execute(program, job)
+        result = _execute(program, job, self.timeout_s)
         (scratch_bytes,) = struct.unpack_from("<Q", result)
         if scratch_bytes > (launch.threadgroup_bytes + 15) // 16 * 16 + 32:
             raise HostError(f"{launch.spec.name} takes {scratch_bytes} bytes of threadgroup memory, more than listed.")
@@ -159,16 +160,16 @@ class HostRun:
         return results
 
 
-def _execute(program: Path, job: bytes) -> bytes:
+def _execute(program: Path, job: bytes, timeout_s: int) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         job_file, result_file = Path(folder) / "job", Path(folder) / "result"
         job_file.write_bytes(job)
         command = [str(program), str(job_file), str(result_file)]
         environment = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
         try:
-            done = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S, env=environment)
+            done = subprocess.run(command, capture_output=True, timeout=timeout_s, env=environment)
         except subprocess.TimeoutExpired:
-            raise HostError(f"the kernel did not end within {_TIMEOUT_S} s") from None
+            raise HostError(f"the kernel did not end within {timeout_s} s") from None
         if done.returncode:
             raise HostError(f"exit code {done.returncode}: {done.stderr.decode(errors='replace')[-2000:]}")
         return result_file.read_bytes()
