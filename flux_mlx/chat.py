@@ -63,6 +63,11 @@ class Conversation:
         self.tokens = list(text)
         return text[shared:]
 
+    def cancel_turn(self) -> None:
+        """Take the last user message back, after an interrupted prefill, which leaves the cache as it was."""
+        self.messages.pop()
+        self.tokens = self.tokens[: self.cache[0].offset]
+
     def close_turn(self, generated: list[int], answer: str) -> None:
         """Store the answer. `generated` are its token ids, of which the cache holds all or all but the last ones."""
         self.messages.append({"role": "assistant", "content": answer})
@@ -91,7 +96,10 @@ def answer(console: Console, chat: Conversation, args: argparse.Namespace, query
             max_tokens=args.max_tokens,
             sampler=sampler_of(args, chat.tokenizer),
         )
-        first = next(responses)
+        try:
+            first = next(responses)
+        except KeyboardInterrupt:
+            return chat.cancel_turn()
     first_token_s = time.perf_counter() - start
     generated, text = [], ""
     try:

@@ -138,6 +138,8 @@ def prefill(
 
     Raises:
         ValueError: Empty prompt, a batch cache, a step below 1, or a cache of another length than the model.
+
+    An interrupted prefill (an exception in the callback, Ctrl-C) leaves the cache as it was.
     """
     tokens = prompt[:-1]
     if prompt.ndim != 1 or prompt.size < 1:
@@ -146,16 +148,30 @@ def prefill(
         raise ValueError(f"[prefill] prefill_step_size must be 1 or more, got {prefill_step_size}.")
     if len(cache) != len(model.layers):
         raise ValueError(f"[prefill] the cache has {len(cache)} entries, the model {len(model.layers)} layers.")
+    for entry in cache:
+        CacheList.adopt(entry)
+        if not isinstance(getattr(entry, "offset", 0), int):
+            raise ValueError("[prefill] the cache must be of one row, got one of a batch.")
     report = prompt_progress_callback or (lambda done, total: None)
     report(0, len(cache))
     chunks = [tokens[None, i : i + prefill_step_size] for i in range(0, tokens.size, prefill_step_size)]
     hidden: list[mx.array | None] = [None] * len(chunks)
-    for entry in cache:
-        CacheList.adopt(entry)
-    for index in range(len(cache) if chunks else 0):
-        hidden = _prefill_layer(model, index, cache, chunks, hidden)
-        report(index + 1, len(cache))
+    held = [getattr(entry, "offset", 0) for entry in cache]
+    try:
+        for index in range(len(cache) if chunks else 0):
+            hidden = _prefill_layer(model, index, cache, chunks, hidden)
+            report(index + 1, len(cache))
+    except BaseException:
+        _roll_back(cache, held)
+        raise
     return prompt[-1:]
+
+
+def _roll_back(cache: list[Any], held: list[int]) -> None:
+    """Trim what an interrupted prefill has added, so that all layers hold the same tokens again."""
+    for entry, offset in zip(cache, held, strict=True):
+        if entry.is_trimmable() and entry.offset > offset:
+            entry.trim(entry.offset - offset)
 
 
 def _prefill_layer(
