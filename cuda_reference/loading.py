@@ -150,7 +150,7 @@ def _build(config: dict[str, Any], weights: Weights, dtype: torch.dtype, directo
         raise ValueError(f"[load] {directory}: transformers has no such model_type: {error}") from error
     model_class = AutoModelForCausalLM._model_mapping[type(hf_config)]
     model, info = model_class.from_pretrained(
-        None, config=hf_config, state_dict=weights, dtype=dtype, output_loading_info=True
+        None, config=hf_config, state_dict=weights, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
     problems = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if problems:
@@ -159,15 +159,19 @@ def _build(config: dict[str, Any], weights: Weights, dtype: torch.dtype, directo
 
 
 def _load_routers(model: PreTrainedModel, weights: Weights, directory: Path) -> None:
-    prefix = f"{model.base_model_prefix}.layers."
+    """Fill the routers of `model`; every router must be given whole and finite, and no other."""
+    expected, given = {}, {name: tuple(value.shape) for name, value in weights.items()}
     for layer, router in routers(model).items():
-        start = f"{prefix}{layer}{ROUTER}"
-        own = {name.removeprefix(start): weights.pop(name) for name in list(weights) if name.startswith(start)}
-        try:
-            router.load_state_dict(own)
-        except RuntimeError as error:
-            raise ValueError(f"[load] {directory}: router of layer {layer} does not fit: {error}") from None
-        if not all(bool(value.isfinite().all()) for value in own.values()):
-            raise ValueError(f"[load] {directory}: router of layer {layer} has values that are not finite.")
-    if weights:
-        raise ValueError(f"[load] {directory}: routers of layers that cannot be routed: {sorted(weights)[:3]}.")
+        prefix = f"{model.base_model_prefix}.layers.{layer}{ROUTER}"
+        expected |= {prefix + name: tuple(value.shape) for name, value in router.named_parameters()}
+    wrong = [name for name in sorted(expected | given) if expected.get(name) != given.get(name)]
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"[load] {directory}: {len(wrong)} router tensors do not fit the model; expected {name} of shape "
+            f"{expected.get(name, 'none')}, got {given.get(name, 'none')}."
+        )
+    broken = [name for name, value in weights.items() if not bool(value.isfinite().all())]
+    if broken:
+        raise ValueError(f"[load] {directory}: {broken[0]} has values that are not finite.")
+    model.load_state_dict(weights, strict=False)
