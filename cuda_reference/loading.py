@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
 from cuda_reference.model import attach, routers
 from flux_mlx.spec import FluxConfig
@@ -146,9 +146,9 @@ def _build(config: dict[str, Any], weights: Weights, dtype: torch.dtype, directo
     settings = {key: value for key, value in config.items() if key not in MLX_KEYS}
     try:
         hf_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    except ValueError as error:
-        raise ValueError(f"[load] {directory}: transformers has no such model_type: {error}") from error
-    model_class = AutoModelForCausalLM._model_mapping[type(hf_config)]
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"[load] {directory}: transformers has no causal LM of this model_type: {error}") from error
     model, info = model_class.from_pretrained(
         None, config=hf_config, state_dict=weights, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )

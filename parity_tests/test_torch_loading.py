@@ -181,7 +181,7 @@ def test_weights_refused(directory, change, message):
         ("{", "is not valid JSON"),
         ("[]", "expected an object with model_type and a flux section"),
         (json.dumps(tiny_config("llama")), "expected an object with model_type and a flux section"),
-        (json.dumps(flux_config(model_type="no_such_model")), "transformers has no such model_type"),
+        (json.dumps(flux_config(model_type="no_such_model")), "transformers has no causal LM of this model_type"),
         (
             json.dumps(flux_config(flux={"pattern": {"window_tokens": 0}})),
             "window_tokens must be an integer >= 1, got 0",
