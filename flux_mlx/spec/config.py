@@ -164,6 +164,7 @@ class RouterConfig:
 
 
 RoutePolicy = str | tuple[int, ...]
+MAX_LAYERS = 10_000  # bounds what a mistyped range of layers can ask for
 
 
 def parse_route(text: str) -> RoutePolicy:
@@ -185,7 +186,7 @@ def parse_route(text: str) -> RoutePolicy:
             low, high = int(first), int(last if dash else first)
         except ValueError:
             low, high = 0, -1
-        if high < low:
+        if not low <= high < MAX_LAYERS:
             raise ValueError(
                 f"[route] expected auto, full, sparse or a list of full layers like 0,2,6-8; got {text!r}."
             )
