@@ -17,6 +17,7 @@ from mlx_lm.utils import load_adapters
 from tqdm import tqdm
 
 from flux_mlx.cache import CacheList, describe_routes
+from flux_mlx.cache_files import check_model, has_fingerprint, read_metadata
 from flux_mlx.loading import load
 from flux_mlx.models import set_route
 from flux_mlx.spec import parse_route
@@ -106,6 +107,8 @@ def open_prompt_cache(parser: argparse.ArgumentParser, args: argparse.Namespace)
     if args.prompt_cache_file is None:
         return None
     try:
+        if has_fingerprint(args.prompt_cache_file):
+            read_metadata(args.prompt_cache_file)
         cache, metadata = load_prompt_cache(args.prompt_cache_file, return_metadata=True)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         parser.exit(2, f"{parser.prog}: cannot read prompt cache {args.prompt_cache_file}: {error}\n")
@@ -115,6 +118,17 @@ def open_prompt_cache(parser: argparse.ArgumentParser, args: argparse.Namespace)
     for entry in cache:
         CacheList.adopt(entry)
     return cache
+
+
+def check_prompt_cache(parser: argparse.ArgumentParser, args: argparse.Namespace, model: Any) -> None:
+    """Exit with one line if the saved prompt cache is one of ours and not of this model."""
+    if args.prompt_cache_file is None or not has_fingerprint(args.prompt_cache_file):
+        return
+    metadata = load_prompt_cache(args.prompt_cache_file, return_metadata=True)[1]
+    try:
+        check_model(args.prompt_cache_file, metadata, model)
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 def progress_bar(enabled: bool) -> Any:
@@ -191,6 +205,7 @@ def main() -> None:
         mx.random.seed(args.seed)
     cache = open_prompt_cache(parser, args)
     model, tokenizer = load_model(parser, args)
+    check_prompt_cache(parser, args, model)
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
     prompt = encode_prompt(args, tokenizer, suffix_only=cache is not None)

@@ -1,0 +1,175 @@
+"""Saved prompt caches with a fingerprint: of the whole file, and of the model that made it.
+
+The file is the one that mlx-lm's `save_prompt_cache` writes, so stock commands can read it too. Its metadata also
+holds the format's version, the number of layers, a digest of the model, and the SHA-256 of the file's bytes (taken
+with zeros in its own place).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import load_prompt_cache as stock_load
+from mlx_lm.models.cache import save_prompt_cache as stock_save
+
+from flux_mlx.cache import CacheList
+
+VERSION = "1"
+SAMPLES = 64  # values of a parameter that go into the model's digest
+MAX_HEADER_BYTES = 16 << 20
+_BLANK = "0" * 64
+_PLACE = re.compile(rb'"0\.flux_file_sha256":"([0-9a-f]{64})"')
+
+
+def model_digest(model: nn.Module) -> str:
+    """SHA-256 over settings and parameters: names, shapes, dtypes, and up to 64 values of each, evenly spread."""
+    digest = hashlib.sha256()
+    if hasattr(model, "flux"):
+        digest.update(json.dumps({**model.flux.to_dict(), "route": None}, sort_keys=True).encode())
+    for name, value in sorted(tree_flatten(model.parameters())):
+        digest.update(f"{name} {value.shape} {value.dtype}\n".encode())
+        flat = value.reshape(-1)
+        sample = flat[:: max(1, flat.size // SAMPLES)][:SAMPLES]
+        digest.update(bytes(memoryview(mx.contiguous(sample.view(mx.uint8)))))
+    return digest.hexdigest()
+
+
+def save_prompt_cache(
+    path: str | Path, cache: list[Any], model: nn.Module, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a prompt cache, whole or not at all; an older file of that name is replaced.
+
+    Args:
+        path: File to write, ending in .safetensors.
+        cache: Of `model`.
+        model: The model whose keys and values these are.
+        metadata: To keep along. Stock commands want "model" and "tokenizer_config" here.
+
+    Raises:
+        ValueError: The cache has another number of entries than the model layers, or the name another ending.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"[save_prompt_cache] the name must end in .safetensors, got {path}.")
+    if len(cache) != len(model.layers):
+        raise ValueError(f"[save_prompt_cache] {len(cache)} entries for a model of {len(model.layers)} layers.")
+    stamps = {
+        "flux_version": VERSION,
+        "flux_layers": str(len(cache)),
+        "flux_model_sha256": model_digest(model),
+        "flux_file_sha256": _BLANK,
+    }
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part.safetensors")
+    try:
+        stock_save(str(part), cache, {**(metadata or {}), **stamps})
+        digest, place = _file_digest(part)
+        with part.open("r+b") as file:
+            file.seek(place)
+            file.write(digest.encode())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _header(path: Path) -> bytes:
+    """Length field and header of a safetensors file."""
+    with path.open("rb") as file:
+        field = file.read(8)
+        length = int.from_bytes(field, "little")
+        if len(field) < 8 or length > min(MAX_HEADER_BYTES, path.stat().st_size - 8):
+            raise ValueError(f"[load_prompt_cache] {path} is no whole safetensors file.")
+        return field + file.read(length)
+
+
+def _file_digest(path: Path) -> tuple[str, int]:
+    """SHA-256 of a file with zeros in the digest's place, and that place in bytes."""
+    header = _header(path)
+    places = list(_PLACE.finditer(header))
+    if len(places) != 1:
+        raise ValueError(f"[load_prompt_cache] {path} has no fingerprint: expected a cache saved by flux_mlx.")
+    start, stop = places[0].span(1)
+    digest = hashlib.sha256(header[:start] + _BLANK.encode() + header[stop:])
+    with path.open("rb") as file:
+        file.seek(len(header))
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest(), start
+
+
+def has_fingerprint(path: str | Path) -> bool:
+    """Whether a file is one of ours, be it damaged: `load_prompt_cache` is for it, not mlx-lm's own function."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(MAX_HEADER_BYTES)
+    return any(f"flux_{name}".encode() in start for name in ("version", "layers", "model_sha256", "file_sha256"))
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Metadata of a saved cache whose bytes are all as they were written.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: No fingerprint, another version, or a byte has changed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"[load_prompt_cache] no such file: {path}")
+    digest, place = _file_digest(path)
+    header = _header(path)
+    stored = header[place : place + 64].decode()
+    if digest != stored:
+        raise ValueError(f"[load_prompt_cache] {path} was changed: expected SHA-256 {stored}, got {digest}.")
+    entries = json.loads(header[8:])["__metadata__"]
+    metadata = {key[2:]: value for key, value in entries.items() if key.startswith("0.")}
+    if metadata["flux_version"] != VERSION:
+        found = metadata["flux_version"]
+        raise ValueError(f"[load_prompt_cache] {path} has format {found!r}; this flux_mlx reads {VERSION!r}.")
+    return metadata
+
+
+def check_model(path: str | Path, metadata: dict[str, str], model: nn.Module) -> None:
+    """Refuse a saved cache, of which `read_metadata` read this, for another model than the one that made it.
+
+    Raises:
+        ValueError: It was made by another model or other routers.
+    """
+    layers, digest = len(model.layers), model_digest(model)
+    if metadata["flux_layers"] != str(layers):
+        raise ValueError(f"[load_prompt_cache] {path} holds {metadata['flux_layers']} layers, the model {layers}.")
+    if metadata["flux_model_sha256"] != digest:
+        raise ValueError(
+            f"[load_prompt_cache] {path} was made by another model or other routers: expected digest {digest}, "
+            f"got {metadata['flux_model_sha256']} of {metadata.get('model', 'a model without name')}."
+        )
+
+
+def load_prompt_cache(path: str | Path, model: nn.Module) -> tuple[list[Any], dict[str, str]]:
+    """Read a prompt cache that `save_prompt_cache` wrote.
+
+    Args:
+        path: The file.
+        model: The model to use it with.
+
+    Returns:
+        (cache, metadata).
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The file was changed, has no fingerprint, or was made by another model or other routers.
+    """
+    metadata = read_metadata(path)
+    check_model(path, metadata, model)
+    cache = stock_load(str(path))
+    for entry in cache:
+        CacheList.adopt(entry)
+    return cache, metadata

@@ -1,0 +1,120 @@
+"""Saved prompt caches: a changed byte, another model or other routers are errors; stock commands read them too."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import load_prompt_cache as stock_load
+from mlx_lm.models.cache import save_prompt_cache as stock_save
+
+from flux_mlx import routes
+from flux_mlx.cache_files import has_fingerprint, load_prompt_cache, model_digest, read_metadata, save_prompt_cache
+from flux_mlx.cache_prompt import cache_prompt
+from flux_mlx.models import set_route
+from parity_tests.tiny_models import flux_model, prompt, randomise_routers
+
+MODEL = flux_model()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("caches") / "cache.safetensors"
+    save_prompt_cache(path, cache_prompt(MODEL, prompt(61)), MODEL, {"model": "tiny"})
+    return path
+
+
+def answer(model, cache) -> list[int]:
+    return [token for token, _ in generate_step(mx.array(prompt(30, 4)), model, prompt_cache=cache, max_tokens=12)]
+
+
+def test_saved_is_live(file):
+    live = cache_prompt(MODEL, prompt(61))
+    loaded, metadata = load_prompt_cache(file, MODEL)
+    assert metadata["model"] == "tiny"
+    assert routes(loaded) == routes(live)
+    expected = answer(MODEL, live)
+    assert answer(MODEL, loaded) == expected
+    assert answer(MODEL, stock_load(str(file))) == expected
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_quantised_caches_too(tmp_path):
+    path = tmp_path / "cache.safetensors"
+    cache = [entry.to_quantized(group_size=32, bits=8) for entry in cache_prompt(MODEL, prompt(61))]
+    save_prompt_cache(path, cache, MODEL)
+    loaded, _ = load_prompt_cache(path, MODEL)
+    assert routes(loaded) == routes(cache)
+    assert answer(MODEL, loaded) == answer(MODEL, cache)
+
+
+@given(at=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
+def test_any_changed_byte_is_an_error(file, at, flip):
+    data = bytearray(file.read_bytes())
+    data[int(at * len(data))] ^= flip
+    damaged = file.with_name("damaged.safetensors")
+    damaged.write_bytes(data)
+    assert has_fingerprint(damaged)
+    with pytest.raises(
+        ValueError, match=r"damaged\.safetensors (was changed|is no whole|has no fingerprint|has format)"
+    ):
+        load_prompt_cache(damaged, MODEL)
+    damaged.unlink()
+
+
+@pytest.mark.parametrize("keep", [0, 7, 8, 100, -1])
+def test_a_cut_file_is_an_error(file, tmp_path, keep):
+    damaged = tmp_path / "cut.safetensors"
+    damaged.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"cut\.safetensors (was changed|is no whole)"):
+        load_prompt_cache(damaged, MODEL)
+
+
+def test_other_models_and_other_routers_are_refused(file):
+    for other in (flux_model(seed=1), flux_model("qwen3"), flux_model(num_hidden_layers=3)):
+        with pytest.raises(ValueError, match=r"holds 4 layers, the model 3|was made by another model or other routers"):
+            load_prompt_cache(file, other)
+    other = flux_model()
+    randomise_routers(other, 9)
+    with pytest.raises(ValueError, match="other routers"):
+        load_prompt_cache(file, other)
+    set_route(other := flux_model(), "sparse")  # a route of today is no other model
+    load_prompt_cache(file, other)
+
+
+def test_stock_caches_have_no_fingerprint(tmp_path):
+    path = tmp_path / "stock.safetensors"
+    stock_save(str(path), cache_prompt(MODEL, prompt(20)))
+    assert not has_fingerprint(path)
+    assert not has_fingerprint(tmp_path / "missing.safetensors")
+    with pytest.raises(ValueError, match="has no fingerprint: expected a cache saved by flux_mlx"):
+        load_prompt_cache(path, MODEL)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_metadata(tmp_path / "missing.safetensors")
+
+
+def test_bad_arguments(tmp_path):
+    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
+        save_prompt_cache(tmp_path / "cache.bin", MODEL.make_cache(), MODEL)
+    with pytest.raises(ValueError, match="3 entries for a model of 4 layers"):
+        save_prompt_cache(tmp_path / "cache.safetensors", MODEL.make_cache()[:3], MODEL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_digest_sees_a_changed_weight():
+    model, before = flux_model(), model_digest(MODEL)
+    assert model_digest(model) == before
+    weight = np.array(model.layers[2].mlp.up_proj.weight)
+    model.layers[2].mlp.up_proj.weight = mx.array(weight * 1.001)
+    assert model_digest(model) != before
+
+
+def test_the_metadata_is_plain_json(file):
+    header = file.read_bytes()
+    length = int.from_bytes(header[:8], "little")
+    assert json.loads(header[8 : 8 + length])["__metadata__"]["0.flux_layers"] == "4"
