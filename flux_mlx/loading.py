@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.utils import _download, load_model, load_tokenizer
 
+from flux_mlx.model_directory import read_config
 from flux_mlx.models import Model, ModelArgs
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a model directory.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is not a JSON object, or has no `flux` section.
-    """
-    path = directory / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"[load] {directory} holds no config.json; expected a Flux model directory.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"[load] {path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or "flux" not in config:
-        raise ValueError(f"[load] {path} has no flux section; make a Flux model directory with flux_mlx.convert.")
-    return config
 
 
 def load(path_or_hf_repo: str | Path, *, lazy: bool = False) -> tuple[nn.Module, Any]:
@@ -46,7 +27,8 @@ def load(path_or_hf_repo: str | Path, *, lazy: bool = False) -> tuple[nn.Module,
         ValueError: Not a Flux model, or its settings or weights do not fit.
     """
     directory = Path(_download(str(path_or_hf_repo)))
-    read_config(directory)
+    if "flux" not in read_config(directory):
+        raise ValueError(f"[load] {directory} has no flux section in config.json; make one with flux_mlx.convert.")
     model, config = load_model(
         directory,
         lazy=lazy,
