@@ -1,0 +1,114 @@
+"""SmolLM2 on a CPU: prefill time and peak memory, stock against Flux in one run, and decode at two lengths.
+
+    sh examples/with-openblas .venv/bin/python benchmarks/bench_cpu_smollm2.py --json benchmarks/cpu_smollm2.json
+
+Needs the model directory that `make demo` makes. Nothing else should run on the machine: times are wall-clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+import flux_mlx
+from flux_mlx.attention import sparse_attention
+from flux_mlx.spec import visible_pairs
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "examples" / "data" / "us_constitution_1787.txt"
+STATIC_FULL_LAYERS = (0, 2, 6, 7, 14, 18, 21, 23)
+
+
+def stock_prefill(model: Any, tokens: mx.array, step: int) -> list[Any]:
+    """mlx-lm's own prefill of a model whose layers are all full: all tokens but the last."""
+    cache = model.make_cache()
+    for start in range(0, tokens.size - 1, step):
+        model(tokens[None, start : min(start + step, tokens.size - 1)], cache=cache)
+        mx.eval([entry.state for entry in cache])
+        mx.clear_cache()
+    return cache
+
+
+def measure(run: Callable[[], Any]) -> tuple[dict[str, float], Any]:
+    """Seconds and peak memory of one run, and what it returned."""
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    start = time.perf_counter()
+    result = run()
+    return {"seconds": time.perf_counter() - start, "peak_bytes": mx.get_peak_memory()}, result
+
+
+def prefill_rows(model: Any, tokens: mx.array) -> dict[str, dict[str, float]]:
+    """Stock at two chunk sizes, then Flux with all layers full, all sparse, and the static list."""
+    rows = {}
+    flux_mlx.set_route(model, "full")
+    for step in (2048, 512):
+        rows[f"stock, step {step}"], _ = measure(lambda step=step: stock_prefill(model, tokens, step))
+    for name, route in (("full", "full"), ("sparse", "sparse"), ("static list", STATIC_FULL_LAYERS)):
+        flux_mlx.set_route(model, route)
+        rows[f"exact, {name}"], _ = measure(lambda: flux_mlx.prefill(model, tokens, model.make_cache()))
+    for row in rows.values():
+        row["tokens_per_s"] = tokens.size / row["seconds"]
+        row["speedup_over_stock_2048"] = rows["stock, step 2048"]["seconds"] / row["seconds"]
+    return rows
+
+
+def decode_layer_us(model: Any, kv_tokens: int, repeats: int = 300) -> float:
+    """Median microseconds of one sparse layer's attention for one new token."""
+    attn = model.layers[0].self_attn
+    head_dim = attn.q_proj.weight.shape[0] // attn.n_heads
+    q = mx.random.normal((1, attn.n_heads, 1, head_dim))
+    k, v = (mx.random.normal((1, attn.n_kv_heads, kv_tokens, head_dim)) for _ in range(2))
+    mx.eval(q, k, v)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        mx.eval(sparse_attention(q, k, v, model.flux.pattern, scale=attn.scale))
+        times.append(time.perf_counter() - start)
+    return 1e6 * statistics.median(times)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="models/smollm2-135m-flux")
+    parser.add_argument("--tokens", type=int, default=7900)
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    args = parser.parse_args()
+    model, tokenizer = flux_mlx.load(args.model)
+    ids = tokenizer.encode(2 * DOCUMENT.read_text(encoding="utf-8"))[: args.tokens]
+    rows = prefill_rows(model, mx.array(ids))
+    buffer_bytes = args.tokens * model.args.hidden_size * 4
+    bound = 1.1 * (rows["stock, step 2048"]["peak_bytes"] + buffer_bytes)
+    result = {
+        "command": " ".join(["benchmarks/bench_cpu_smollm2.py", *sys.argv[1:]]),
+        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, float32",
+        "versions": {name: version(name) for name in ("mlx", "mlx-lm", "flux-mlx")},
+        "blas": os.environ.get("LD_PRELOAD", "reference"),
+        "tokens": args.tokens,
+        "pattern": model.flux.to_dict()["pattern"],
+        "prefill": rows,
+        "visible_pairs_dense_over_sparse": visible_pairs(None, args.tokens, args.tokens)
+        / visible_pairs(model.flux.pattern, args.tokens, args.tokens),
+        "exact_peak_bytes_allowed": bound,
+        "exact_peak_within_bound": all(rows[f"exact, {n}"]["peak_bytes"] <= bound for n in ("full", "sparse")),
+        "decode_sparse_layer_us": {str(n): decode_layer_us(model, n) for n in (1000, args.tokens)},
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if args.json:
+        args.json.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
