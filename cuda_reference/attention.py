@@ -117,7 +117,14 @@ def _backend(who: str, impl: str | None, q: torch.Tensor) -> ModuleType:
         raise ValueError(f"[{who}] impl must be one of {list(IMPLS)} or None, got {impl!r}.")
     if impl == "eager":
         return eager
-    raise ValueError(f"[{who}] impl='triton' is not available.")
+    try:
+        from cuda_reference import triton_attention
+    except ImportError as error:
+        raise ValueError(f"[{who}] impl='triton' needs the package triton: {error}") from error
+    refusal = triton_attention.refusal(q)
+    if refusal:
+        raise ValueError(f"[{who}] impl='triton': {refusal}.")
+    return triton_attention
 
 
 def _check(who: str, q: Any, k: Any, v: Any, scale: float | None) -> float:

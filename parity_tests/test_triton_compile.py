@@ -1,0 +1,153 @@
+"""Every Triton kernel compiles for an A800 (sm_80) and for Hopper (sm_90) without a GPU, within their memories."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from cuda_reference import (  # noqa: E402
+    triton_backward,
+    triton_decode,
+    triton_hopper,
+    triton_prefill,
+    triton_xattention,
+)
+
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # of one block, by the CUDA programming guide
+POINTERS = {"q", "k", "v", "out", "dout", "dq", "dk", "dv"}  # of the tensors' dtype
+FLOAT_POINTERS = {"lse", "dlse", "delta", "part_out", "part_lse", "sums", "maxima", "mass"}
+INT_POINTERS = {"partial_counts", "partial_blocks", "full_counts", "full_blocks", "counts", "blocks"}
+FLOATS = {"scale", "qk_scale", "threshold"}
+HEAD_DIMS = (64, 80, 128, 256)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+compiles = pytest.mark.skipif(INTERPRETED, reason="compiled in a process of its own, by test_without_the_interpreter")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="this process is the one that compiles")
+def test_without_the_interpreter() -> None:
+    """The decorators read TRITON_INTERPRET when a kernel is defined: run this file again without it."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert re.search(r"\d+ passed, 1 skipped", done.stdout), done.stdout[-400:]
+
+
+def _type(name: str, dtype: str) -> str:
+    """Triton's type of the kernel argument called `name`."""
+    if name in POINTERS:
+        return f"*{dtype}"
+    if name in FLOAT_POINTERS:
+        return "*fp32"
+    if name in INT_POINTERS:
+        return "*i32"
+    if name == "kept":
+        return "*i8"
+    return "fp32" if name in FLOATS else "i32"
+
+
+def _resources(compiled) -> tuple[int, int]:
+    """(registers, bytes of stack) of a thread, as the assembler reports them; a spill needs stack."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    cubin = Path(compiled.metadata_group[f"{compiled.name}.cubin"])
+    report = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    return int(found.group(1)), int(found.group(2))
+
+
+def _check(compiled, arch: int, spill_bytes: int = 0) -> None:
+    registers, stack = _resources(compiled)
+    assert compiled.metadata.shared <= SHARED_BYTES[arch]
+    assert registers <= 255
+    assert stack <= spill_bytes
+
+
+def _compile(kernel, arch: int, options: dict, dtype: str = "bf16"):
+    """Compile `kernel`; upper-case keys of `options` are its compile-time arguments, the others launch options."""
+    constants = {name: value for name, value in options.items() if name.isupper()}
+    signature = {name: "constexpr" if name in constants else _type(name, dtype) for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*"}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    launch = {name: value for name, value in options.items() if name not in constants}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch)
+
+
+def _dims(head_dim: int) -> dict:
+    return {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
+
+
+def _query(head_dim: int) -> torch.Tensor:
+    return torch.empty(1, 1, 1, head_dim, dtype=torch.bfloat16)
+
+
+@compiles
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_prefill(arch: int, head_dim: int) -> None:
+    options = _dims(head_dim) | triton_prefill.tile_options(_query(head_dim))
+    for kernel in (triton_prefill.streaming_kernel, triton_prefill.block_kernel):
+        _check(_compile(kernel, arch, {"BLOCK": 128, **options}), arch)
+
+
+@compiles
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_backward(arch: int, head_dim: int) -> None:
+    for_keys, for_queries = triton_backward.backward_options(_query(head_dim))
+    sizes = {"BLOCK": 128, **_dims(head_dim)}
+    _check(_compile(triton_backward.key_kernel, arch, sizes | for_keys), arch)
+    _check(_compile(triton_backward.query_kernel, arch, sizes | for_queries), arch)
+    _check(_compile(triton_backward.delta_kernel, arch, {**_dims(head_dim), "ROWS": 64, "num_warps": 4}), arch)
+
+
+@compiles
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_decode(arch: int, head_dim: int) -> None:
+    options = _dims(head_dim) | triton_decode.tile_options(_query(head_dim), query_rows=4)
+    _check(_compile(triton_decode.split_kernel, arch, {"BLOCK": 128, **options}), arch)
+    merge = {**_dims(head_dim), "ROWS": 16, "SPLITS": 32, "num_warps": 4}
+    _check(_compile(triton_decode.merge_kernel, arch, merge), arch)
+
+
+@compiles
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_xattention(arch: int, head_dim: int) -> None:
+    options = _dims(head_dim) | triton_xattention.mass_options(_query(head_dim), per_block=8)
+    _check(_compile(triton_xattention.mass_kernel, arch, {"STRIDE": 16, "PER_BLOCK": 8, **options}), arch)
+    for by_count in (False, True):
+        options = {"BY_COUNT": by_count, "TILE": 64, "num_warps": 4}
+        _check(_compile(triton_xattention.choose_kernel, arch, options), arch)
+
+
+@compiles
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_hopper(head_dim: int, sparse: bool) -> None:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    kernel = triton_hopper.prefill_kernel
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    constants = {"SPARSE": sparse, "BLOCK": 128, "STAGES": triton_hopper.STAGES}
+    signature = {}
+    for name in kernel.arg_names:
+        rows = 64 if name in ("q_desc", "out_desc") else triton_hopper.TILE
+        box = f"tensordesc<bf16[1,1,{rows},{head_dim}],{layout!r}>"
+        signature[name] = box if name.endswith("_desc") else "constexpr" if name in constants else _type(name, "bf16")
+    constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = GluonASTSource(kernel, signature, constexprs=constants)
+    _check(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}), 90)
