@@ -25,7 +25,8 @@ class Pack:
         tokens: `[T]`.
         positions: `[T]`, position within the sample.
         sample: `[T]`, index of the sample that a token belongs to.
-        branch: `[T]`, 0 for prompt and answer; c > 0 for candidate c, which sees the prompt and itself only.
+        branch: `[T]`, 0 for what every later token sees; a branch > 0 is seen by its own tokens only. With candidates,
+            wrong candidate c is branch c and the answer the branch after the last of them.
         prompt_tokens: `[N]`.
         lengths: `[N]`, tokens of prompt and answer.
         pool_rows: `[N, 2 P]`, tokens that the routers pool.
@@ -33,7 +34,7 @@ class Pack:
         loss_rows: `[M]`, tokens whose prediction counts.
         loss_targets: `[M]`, what they should predict.
         loss_sample: `[M]`, their sample.
-        loss_branch: `[M]`, their branch.
+        loss_branch: `[M]`, their candidate: 0 for the answer, c for wrong candidate c.
         task: `[N]`, index into the task list given to `pack`.
     """
 
@@ -127,6 +128,8 @@ def _lay(row: dict, sample: Sample, index: int, start: int, end: int, candidates
     row["positions"][start:end] = np.arange(end - start)
     row["tokens"][start : start + length] = sample.tokens
     losses = [_losses(sample.answer, start + prompt, start + prompt - 1, index, 0)]
+    if candidates and sample.candidates:
+        row["branch"][start + prompt : start + length] = len(sample.candidates)
     first = start + length
     for branch, answer in enumerate(sample.candidates[1:] if candidates else (), start=1):
         stop = first + len(answer)

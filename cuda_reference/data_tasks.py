@@ -13,6 +13,7 @@ from cuda_reference.data_words import VALUE_KINDS, Form, words
 
 CANDIDATES = 10
 LONGEST_ANSWER_TOKENS = 256
+PLAINEST_SHARE = 0.25
 
 
 class TaskMaker:
@@ -35,11 +36,12 @@ class TaskMaker:
         """Sample `index` of `task`: exactly `tokens` tokens, the answer counted.
 
         Args:
-            task: One of `TASKS`, or "single" and "multi" with `form` to fix the kind of multi: "keys" or "hops".
+            task: One of `TASKS`.
             index: Any integer >= 0.
             tokens: Length; 384 holds every task.
             depth: Place of the needle; None draws it.
-            form: "keys" or "hops" for "multi"; "" draws it.
+            form: "magic" for "single" (the plain sentence with a number that other suites use), "keys" or "hops" for
+                "multi"; "" draws it.
 
         Raises:
             ValueError: Unknown task, or too few tokens for it.
@@ -50,7 +52,7 @@ class TaskMaker:
         depth = float(rng.random()) if depth is None else depth
         chat = bool(rng.random() < 0.6)
         if task == "single":
-            return self._needle(rng, tokens, chat, depth, others=0)
+            return self._needle(rng, tokens, chat, depth, others=0, magic=form == "magic")
         if task == "multi":
             hops = form == "hops" or (not form and rng.random() < 0.4)
             return self._hops(rng, tokens, chat, depth) if hops else self._needle(rng, tokens, chat, depth, others=9)
@@ -58,13 +60,15 @@ class TaskMaker:
 
     # Retrieval
 
-    def _form(self, rng: np.random.Generator) -> Form:
+    def _form(self, rng: np.random.Generator, magic: bool) -> tuple[Form, str]:
+        """A sentence form and a kind of value; numbers in the plainest sentence are the most frequent."""
         forms = self.words.ood_forms if self.split == "ood" else self.words.forms
-        return forms[rng.integers(len(forms))]
+        form, kind = forms[rng.integers(len(forms))], str(rng.choice(VALUE_KINDS))
+        return (forms[0], "digits") if magic or rng.random() < PLAINEST_SHARE else (form, kind)
 
-    def _needle(self, rng: np.random.Generator, tokens: int, chat: bool, depth: float, others: int) -> Sample:
+    def _needle(self, rng, tokens, chat, depth, others, magic=False) -> Sample:  # noqa: ANN001
         """One fact to find; with `others`, facts of the same form about other keys are the wrong candidates."""
-        form, kind = self._form(rng), str(rng.choice(VALUE_KINDS))
+        form, kind = self._form(rng, magic)
         values = self.words.values(rng, kind, CANDIDATES)
         keys = self._keys(rng, 1 + others)
         if tokens < 1024 and others:
@@ -72,7 +76,9 @@ class TaskMaker:
         facts = [form.statement.format(key=key, value=value) for key, value in zip(keys, values, strict=False)]
         depths = [depth, *rng.random(len(facts) - 1)]
         task = "multi" if others else "single"
-        return self._ask(rng, tokens, chat, facts, depths, form.question, form.lead, keys[0], values, task, form.statement)
+        return self._ask(
+            rng, tokens, chat, facts, depths, form.question, form.lead, keys[0], values, task, form.statement
+        )
 
     def _hops(self, rng: np.random.Generator, tokens: int, chat: bool, depth: float) -> Sample:
         """Two facts to join: a box holds a key, the key opens a code; two such chains stand in the text."""
@@ -116,7 +122,11 @@ class TaskMaker:
         languages = self.words.ood_sentences if self.split == "ood" else self.words.sentences
         nouns = self.words.nouns
         return [
-            [self.writer.encode("\n" + s.strip().format(a=a, b=b)) for a, b in zip(nouns[:40], nouns[40:], strict=False) for s in lines]
+            [
+                self.writer.encode("\n" + s.strip().format(a=a, b=b))
+                for a, b in zip(nouns[:40], nouns[40:], strict=False)
+                for s in lines
+            ]
             for lines in languages.values()
         ]
 
@@ -179,13 +189,20 @@ class TaskMaker:
 
         def body(room: int) -> np.ndarray:
             kinds = rng.choice(len(names), count, p=shares)
-            pieces = [self.writer.encode(f"\nSeen: {rng.choice(self.words.categories[names[kind]])}.") for kind in kinds]
+            pieces = [
+                self.writer.encode(f"\nSeen: {rng.choice(self.words.categories[names[kind]])}.") for kind in kinds
+            ]
             window, breaks = self._filler(rng, room - sum(map(len, pieces)))
             return insert(window, breaks, pieces, rng.random(count))
 
         tail = f"\n\nOf which kind were most of the things seen: {', '.join(sorted(names))}?"
         prompt = self.writer.prompt(
-            "Read the text and count what was seen.\n", body, tail, "Most were of the kind", tokens=tokens - len(candidates[0]), chat=chat
+            "Read the text and count what was seen.\n",
+            body,
+            tail,
+            "Most were of the kind",
+            tokens=tokens - len(candidates[0]),
+            chat=chat,
         )
         return Sample(np.concatenate([prompt, candidates[0]]), len(prompt), "aggregation", candidates, form="most seen")
 
@@ -208,6 +225,11 @@ class TaskMaker:
 
         ordered = (candidates[wanted], *(c for i, c in enumerate(candidates) if i != wanted))
         prompt = self.writer.prompt(
-            "Label the words as in the examples.\n", body, f"\n{query} ->", "", tokens=tokens - len(ordered[0]), chat=False
+            "Label the words as in the examples.\n",
+            body,
+            f"\n{query} ->",
+            "",
+            tokens=tokens - len(ordered[0]),
+            chat=False,
         )
         return Sample(np.concatenate([prompt, ordered[0]]), len(prompt), "icl", ordered, form="labels")

@@ -207,8 +207,11 @@ class Corpus:
             raise ValueError("[Corpus.window] expected a corpus with at least one line, got an empty one.")
         first = int(self.breaks[rng.integers(len(self.breaks))])
         tokens = np.take(self.tokens, np.arange(first, first + count), mode="wrap")
-        low, high = np.searchsorted(self.breaks, (first, first + count))
-        return tokens, self.breaks[low:high] - first
+        breaks, size = self.breaks, len(self.tokens)
+        if first + count > size:
+            breaks = np.concatenate([breaks + lap * size for lap in range(2 + count // size)])
+        low, high = np.searchsorted(breaks, (first, first + count))
+        return tokens, breaks[low:high] - first
 
 
 def build_corpora(

@@ -39,7 +39,7 @@ def gumbel_route(logits: torch.Tensor, noise: torch.Tensor | None, tau: float, *
     soft = torch.sigmoid((gap if noise is None else gap + noise) / tau)
     if not hard:
         return soft
-    return (soft > 0.5).to(soft.dtype) + soft - soft.detach()
+    return (soft > 0.5).to(soft.dtype) + (soft - soft.detach())
 
 
 class SparsityPenalty(nn.Module):

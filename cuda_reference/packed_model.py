@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface, PreTrainedModel
 
 from cuda_reference.data_packing import Pack
+from cuda_reference.model import attach, routers
 from cuda_reference.objective import gumbel_route
 from cuda_reference.packed_attention import PackedAttention
-from cuda_reference.router import LayerRouter
-from flux_mlx.spec import PatternConfig, RouterConfig
+from flux_mlx.spec import FluxConfig
 
 ATTENTION_NAME = "flux_packed"
 
@@ -30,9 +29,10 @@ class Routing:
         pack: The pack.
         attention: Attention of this pack.
         tau: Temperature of the routes.
-        noise: `[layers, G * N]` from `logistic_noise`, or None: the decisions of inference.
+        noise: `[model layers, G * N]` from `logistic_noise`, or None: the decisions of inference.
         hard: Straight-through routes; False mixes both branches.
-        forced: bool `[layers, N]`, True is full: routes that replace the routers' own. None: the routers decide.
+        by_head: One decision for each head instead of one for each layer.
+        forced: bool `[model layers, N]`, True is full: routes that replace the routers' own. None: the routers decide.
         logits: Layer to route logits `[N, 2]` (by head `[HQ * N, 2]`), filled in by the call.
         z: Layer to weights of full attention `[G, N]`, filled in by the call.
     """
@@ -42,6 +42,7 @@ class Routing:
     tau: float = 1.0
     noise: torch.Tensor | None = None
     hard: bool = True
+    by_head: bool = False
     forced: torch.Tensor | None = None
     logits: dict[int, torch.Tensor] = field(default_factory=dict)
     z: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -49,6 +50,10 @@ class Routing:
     def omega(self) -> torch.Tensor:
         """Share of sparse layers (or heads) of each sample, `[N]` float32, with the routers' gradient."""
         return 1.0 - torch.stack([self.z[layer].mean(0) for layer in sorted(self.z)]).mean(0)
+
+    def all_full(self) -> torch.Tensor:
+        """The routes of a layer without a router, bool `[1, N]`."""
+        return torch.ones(1, self.pack.samples, dtype=torch.bool, device=self.pack.tokens.device)
 
     def full_layers(self) -> torch.Tensor:
         """Routes, bool `[layers, G, N]`: True is full."""
@@ -63,27 +68,16 @@ def _pool(queries: torch.Tensor, pack: Pack, by_head: bool) -> torch.Tensor:
     return pooled.flatten(0, 1)
 
 
-def _remember_routing(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    module.flux_routing = kwargs.get("flux")
-
-
-def _pool_hook(attention: nn.Module, by_head: bool):  # noqa: ANN202
-    def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        if attention.flux_routing is not None and attention.flux_routing.forced is None:
-            queries = output.view(*output.shape[:2], -1, attention.head_dim)
-            attention.flux_pooled = _pool(queries, attention.flux_routing.pack, by_head)
-
-    return hook
-
-
 def _routed_attention(module, query, key, value, attention_mask, scaling, flux: Routing, **kwargs):  # noqa: ANN001, ANN202
-    """transformers' attention interface: `[1, H, T, D]` in, `[1, T, HQ, D]` out."""
-    layer = module.layer_idx
+    """transformers' attention interface: `[1, H, T, D]` in, `[1, T, HQ, D]` out. Layers without a router are full."""
+    layer, queries = module.layer_idx, module.__dict__.pop("flux_queries", None)
+    if not hasattr(module, "router"):
+        return flux.attention(query, key, value, flux.all_full(), scaling).transpose(1, 2).contiguous(), None
     if flux.forced is not None:
         z = flux.forced[layer][None].float()
         out = flux.attention(query, key, value, z > 0.5, scaling)
     else:
-        logits = module.router(module.flux_pooled)
+        logits = module.router(_pool(queries, flux.pack, flux.by_head))
         noise = None if flux.noise is None else flux.noise[layer]
         z = gumbel_route(logits, noise, flux.tau, hard=flux.hard).view(-1, flux.pack.samples)
         flux.logits[layer] = logits
@@ -92,40 +86,27 @@ def _routed_attention(module, query, key, value, attention_mask, scaling, flux: 
     return out.transpose(1, 2).contiguous(), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _routed_attention)
+AttentionInterface.register(ATTENTION_NAME, _routed_attention)
 
 
 class PackedModel(nn.Module):
     """Frozen backbone and routers.
 
     Args:
-        backbone: A causal LM of transformers with `model.layers[i].self_attn`, q_proj and perhaps q_norm.
-        pattern: What sparse layers see; only streaming is trained (triangle and xattention decode as streaming).
-        router: Sizes of the routers.
+        backbone: A causal LM that `model.attach` takes.
+        config: Pattern and sizes of the routers. Only streaming runs packed (the other patterns decode as streaming).
         by_head: One decision for each head instead of one for each layer (a baseline).
 
     Raises:
-        ValueError: The backbone's attention modules are not of that form.
+        ValueError: The backbone cannot be routed.
     """
 
-    def __init__(self, backbone: PreTrainedModel, pattern: PatternConfig, router: RouterConfig, by_head: bool = False):
+    def __init__(self, backbone: PreTrainedModel, config: FluxConfig, by_head: bool = False):
         super().__init__()
-        self.backbone, self.pattern, self.router_config, self.by_head = backbone, pattern, router, by_head
         backbone.requires_grad_(False)
+        self.backbone, self.config, self.by_head = attach(backbone, config), config, by_head
         backbone.set_attn_implementation(ATTENTION_NAME)
-        self.attentions = [layer.self_attn for layer in backbone.model.layers]
-        for attention in self.attentions:
-            if not hasattr(attention, "q_proj") or not hasattr(attention, "head_dim"):
-                raise ValueError(f"[PackedModel] expected attention with q_proj, got {type(attention).__name__}.")
-            attention.router = LayerRouter(attention.head_dim, router)
-            attention.register_forward_pre_hook(_remember_routing, with_kwargs=True)
-            last = getattr(attention, "q_norm", None) or attention.q_proj
-            last.register_forward_hook(_pool_hook(attention, by_head))
-
-    @property
-    def layers(self) -> int:
-        """Routed layers."""
-        return len(self.attentions)
+        self.routed_layers = tuple(routers(backbone))
 
     @property
     def groups(self) -> int:
@@ -146,7 +127,7 @@ class PackedModel(nn.Module):
         Returns:
             (logits `[M, vocab]` of the pack's loss rows, the routing with z and route logits filled in).
         """
-        flux = Routing(pack, PackedAttention(pack, self.pattern), **routing)
+        flux = Routing(pack, PackedAttention(pack, self.config.pattern), by_head=self.by_head, **routing)
         hidden = self.backbone.model(
             input_ids=pack.tokens[None], position_ids=pack.positions[None], use_cache=False, flux=flux
         ).last_hidden_state

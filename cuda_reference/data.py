@@ -1,0 +1,159 @@
+"""Batches for training and evaluation: row number `step` of a process is a pure function of recipe, split and number.
+
+So any number of loading processes gives the same batches, and a resumed run goes on with the batch it would have had.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from cuda_reference.data_packing import TILE, Pack, pack, packed_tokens
+from cuda_reference.data_prompts import Sample, Writer
+from cuda_reference.data_tasks import TaskMaker
+from cuda_reference.data_text import Corpus, build_corpora, collect
+from cuda_reference.recipe import Recipe
+
+Corpora = dict[tuple[str, str], Corpus]
+
+
+def make_corpora(writer: Writer, text_chars: int, workers: int = 0) -> Corpora:
+    """Collect this machine's text and encode it: (kind, split) to tokens."""
+    documents = collect(max_chars=text_chars, workers=workers)
+    return build_corpora(documents, writer.encode_batch, writer.newline_ids())
+
+
+class MadeUpRows(Dataset):
+    """Packed rows of made-up tasks.
+
+    Args:
+        maker: Makes the samples.
+        recipe: Tasks, lengths, row size, pool size.
+        rank, ranks: This process among all; each has rows of its own.
+    """
+
+    def __init__(self, maker: TaskMaker, recipe: Recipe, rank: int = 0, ranks: int = 1):
+        self.maker, self.recipe, self.rank, self.ranks = maker, recipe, rank, ranks
+
+    def __getitem__(self, row: int) -> Pack:
+        recipe, data = self.recipe, self.recipe.data
+        number = row * self.ranks + self.rank
+        rng = np.random.default_rng([recipe.seed, number])
+        samples = [
+            self.maker.sample(task, number * 1000 + i, tokens)
+            for i, (task, tokens) in enumerate(self._plan(rng, data.row_tokens))
+        ]
+        return pack(samples, recipe.tasks, recipe.router.pool_tokens, data.row_tokens)
+
+    def _plan(self, rng: np.random.Generator, room: int) -> Iterator[tuple[str, int]]:
+        """Tasks and lengths that fill a row: tasks by their shares, without long runs of one."""
+        data = self.recipe.data
+        names = list(data.tasks)
+        shares = np.array([data.tasks[name] for name in names], float)
+        owed = rng.random(len(names)) * shares / shares.sum()
+        low, high = math.log(data.shortest_tokens), math.log(data.longest_tokens)
+        while room >= data.shortest_tokens:
+            owed += shares / shares.sum()
+            task = int(owed.argmax())
+            owed[task] -= 1.0
+            tokens = min(int(math.exp(rng.uniform(low, high))), room)
+            if room - tokens < data.shortest_tokens:
+                tokens = min(room, data.longest_tokens)
+            yield names[task], tokens
+            room -= -(-tokens // TILE) * TILE
+
+
+class FileRows(Dataset):
+    """Packed rows of a user's own samples, in a new order for each pass.
+
+    Args:
+        samples: All samples.
+        recipe: Row size and pool size.
+        rank, ranks: This process among all.
+
+    Raises:
+        ValueError: No sample, or one that does not fit into a row.
+    """
+
+    def __init__(self, samples: Sequence[Sample], recipe: Recipe, rank: int = 0, ranks: int = 1):
+        self.samples, self.recipe, self.rank, self.ranks = samples, recipe, rank, ranks
+        longest = max(map(packed_tokens, samples), default=0)
+        if not 0 < longest <= recipe.data.row_tokens:
+            raise ValueError(
+                f"[FileRows] expected samples of at most {recipe.data.row_tokens} tokens, got {len(samples)} "
+                f"samples, the longest of {longest}."
+            )
+
+    def __getitem__(self, row: int) -> Pack:
+        number, passed = row * self.ranks + self.rank, 0
+        for epoch in range(number + 1):
+            rows = self._rows(epoch)
+            if number - passed < len(rows):
+                chosen = [self.samples[i] for i in rows[number - passed]]
+                return pack(chosen, self.recipe.tasks, self.recipe.router.pool_tokens, self.recipe.data.row_tokens)
+            passed += len(rows)
+        raise IndexError(row)
+
+    def _rows(self, epoch: int) -> list[list[int]]:
+        """The samples of each row of one pass: next fit in shuffled order."""
+        rows: list[list[int]] = [[]]
+        room = self.recipe.data.row_tokens
+        for index in np.random.default_rng([self.recipe.seed, epoch]).permutation(len(self.samples)).tolist():
+            size = packed_tokens(self.samples[index])
+            if size > room:
+                rows.append([])
+                room = self.recipe.data.row_tokens
+            rows[-1].append(index)
+            room -= size
+        return rows
+
+
+def read_jsonl(path: str | Path, writer: Writer, tasks: Sequence[str]) -> list[Sample]:
+    """A user's samples: lines {"prompt": .., "answer": .., "task": ..}, encoded as they stand.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: A line that is not such an object; the message names its number.
+    """
+    samples = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                samples.append(_sample(json.loads(line), writer, tasks))
+            except (json.JSONDecodeError, ValueError) as error:
+                raise ValueError(f"[read_jsonl] {path} line {number}: {error}") from None
+    return samples
+
+
+def _sample(line: object, writer: Writer, tasks: Sequence[str]) -> Sample:
+    names = ("prompt", "answer", "task")
+    if not isinstance(line, dict) or not all(isinstance(line.get(name), str) for name in names):
+        raise ValueError(f"expected an object with the strings {list(names)}, got {str(line)[:80]}")
+    if line["task"] not in tasks:
+        raise ValueError(f"expected a task among {list(tasks)}, got {line['task']!r}")
+    prompt, answer = writer.encode(line["prompt"]), writer.encode(line["answer"])
+    return Sample(np.concatenate([prompt, answer]), len(prompt), line["task"])
+
+
+def training_rows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rank: int = 0, ranks: int = 1, workers: int = 0
+) -> Dataset:
+    """The training rows of a recipe: its JSONL file if it names one, else made-up tasks on this machine's text."""
+    writer = Writer(tokenizer)
+    if recipe.data.jsonl:
+        return FileRows(read_jsonl(recipe.data.jsonl, writer, recipe.tasks), recipe, rank, ranks)
+    corpora = make_corpora(writer, recipe.data.text_chars, workers)
+    return MadeUpRows(TaskMaker(writer, corpora, "train", recipe.seed), recipe, rank, ranks)
+
+
+def stream(rows: Dataset, numbers: Iterable[int], workers: int = 0, *, pin: bool = False) -> Iterator[Pack]:
+    """The rows of these numbers in order, made ahead of time by `workers` processes."""
+    ahead = {"prefetch_factor": 4, "multiprocessing_context": "fork"} if workers else {}
+    loader = DataLoader(rows, sampler=list(numbers), batch_size=None, num_workers=workers, pin_memory=pin, **ahead)
+    return iter(loader)

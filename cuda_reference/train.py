@@ -1,0 +1,184 @@
+"""`flux_mlx.train`: train the routers of a frozen causal LM. One process, or many through torchrun.
+
+    flux_mlx.train --recipe smollm2 --model DIRECTORY --out RUN
+    torchrun --nproc-per-node 8 -m cuda_reference.train --recipe published --model DIRECTORY --out RUN --spread fsdp
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cuda_reference.checkpoints import flux_config, load_checkpoint, save_checkpoint, save_routers
+from cuda_reference.data import stream, training_rows
+from cuda_reference.packed_model import PackedModel
+from cuda_reference.recipe import Recipe, load_recipe
+from cuda_reference.training import Trainer, World
+
+LOG_NAME, ROUTERS_NAME = "log.csv", "routers.safetensors"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="flux_mlx.train", description=__doc__.split("\n")[0])
+    parser.add_argument("--recipe", default="smollm2", help="TOML file, or the name of a shipped recipe")
+    parser.add_argument("--model", required=True, help="directory or hub id of a transformers causal LM")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run; a run found there goes on")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="override settings of the recipe")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--spread", choices=("ddp", "fsdp"), default="ddp", help="with torchrun")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make batches")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    parser.add_argument("--stop-after", type=float, default=float("inf"), help="seconds after which to save and stop")
+    parser.add_argument("--compile", action="store_true", help="compile MLPs and norms (CUDA)")
+    return parser
+
+
+def load_model(path: str, recipe: Recipe, device: torch.device, *, compiled: bool = False) -> PackedModel:
+    """A backbone with fresh routers: bfloat16 on CUDA, float32 on a CPU; routers float32."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    backbone = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+    torch.manual_seed(recipe.seed)
+    model = PackedModel(backbone, flux_config(recipe), recipe.by_head)
+    if recipe.gradient_checkpointing:
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        backbone.train()
+    if compiled:
+        compile_parts(model)
+    return model
+
+
+def compile_parts(model: PackedModel) -> None:
+    """Compile what is the same in every layer and free of hooks: one graph serves all layers."""
+    torch._dynamo.config.recompile_limit = 64
+    for layer in model.backbone.model.layers:
+        for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
+            part.compile(dynamic=False)
+
+
+class Log:
+    """CSV of the steps. A resumed run keeps the rows up to the step that it resumes from.
+
+    Args:
+        path: The file.
+        tasks: Their NLL and Omega are columns.
+        step: Steps done so far.
+    """
+
+    def __init__(self, path: Path, tasks: Sequence[str], step: int):
+        self.tasks = tasks
+        parts = [f"{name}_{task}" for name in ("nll", "omega", "lambda1", "lambda2") for task in tasks]
+        self.columns = ["step", "seconds", "loss", "tau", "lr", "grad_norm", *parts]
+        kept = []
+        if path.is_file() and step:
+            with open(path, newline="") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        self._file = open(path, "w", newline="")  # noqa: SIM115
+        self._writer = csv.DictWriter(self._file, self.columns)
+        self._writer.writeheader()
+        self._writer.writerows(kept)
+
+    def write(self, step: int, seconds: float, record: dict[str, Any], multipliers: torch.Tensor) -> dict[str, float]:
+        """Write one step; returns its row."""
+        nll, omega, counts = record["by_task"].tolist()
+        row: dict[str, Any] = {"step": step, "seconds": round(seconds, 2), "tau": record["tau"], "lr": record["lr"]}
+        row |= {name: float(record[name]) for name in ("loss", "grad_norm")}
+        for i, task in enumerate(self.tasks):
+            if counts[i]:
+                row |= {f"nll_{task}": nll[i] / counts[i], f"omega_{task}": omega[i] / counts[i]}
+            row |= {f"lambda{n + 1}_{task}": float(multipliers[n, i]) for n in range(2)}
+        self._writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+        self._file.flush()
+        return row
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _show(bar: tqdm, row: dict[str, float], tasks: Sequence[str]) -> None:
+    shown = [
+        f"{task[:6]} {row[f'nll_{task}']:.2f}/{row[f'omega_{task}']:.2f}" for task in tasks if f"nll_{task}" in row
+    ]
+    bar.set_postfix_str("nll/Omega " + " ".join(shown))
+    bar.update()
+
+
+def train(args: argparse.Namespace, recipe: Recipe, world: World) -> Trainer:
+    """Run the recipe to its end, or until `args.stop_after` seconds have passed."""
+    start = time.monotonic()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    rows = training_rows(recipe, tokenizer, world.rank, world.ranks, args.workers)
+    model = load_model(args.model, recipe, world.device, compiled=args.compile)
+    trainer = Trainer(model, recipe, world, args.spread, next(model.backbone.parameters()).dtype)
+    found = load_checkpoint(args.out)
+    if found:
+        trainer.load(*found)
+    args.out.mkdir(parents=True, exist_ok=True)
+    micro, steps = recipe.data.micro_steps, recipe.optimiser.steps
+    packs = stream(rows, range(trainer.step * micro, steps * micro), args.workers, pin=world.device.type == "cuda")
+    log = Log(args.out / LOG_NAME, recipe.tasks, trainer.step) if world.leads else None
+    with tqdm(total=steps, initial=trainer.step, disable=not world.leads, mininterval=1.0) as bar:
+        while trainer.step < steps:
+            record = trainer.take_step(packs)
+            multipliers = _whole(trainer.penalty.multipliers)
+            if log is not None:
+                _show(bar, log.write(trainer.step, time.monotonic() - start, record, multipliers), recipe.tasks)
+            late = _agreed(time.monotonic() - start > args.stop_after, world)
+            if trainer.step % args.save_every == 0 or trainer.step == steps or late:
+                _save(args.out, trainer)
+            if late:
+                break
+    if log is not None:
+        log.close()
+    return trainer
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter without its sharding."""
+    whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return whole.detach().cpu()
+
+
+def _agreed(late: bool, world: World) -> bool:
+    """Whether any process says so: all stop in the same step."""
+    if world.ranks == 1:
+        return late
+    flag = torch.tensor([float(late)], device=world.device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def _save(out: Path, trainer: Trainer) -> None:
+    """Checkpoint and routers; all processes gather, the first writes."""
+    state, routers = trainer.state(), trainer.full_routers()
+    if trainer.world.leads:
+        save_checkpoint(out, trainer.step, state)
+        save_routers(out / ROUTERS_NAME, routers, trainer.recipe, torch.float32)
+    if trainer.world.ranks > 1:
+        dist.barrier()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Console entry."""
+    args = build_parser().parse_args(argv)
+    recipe = load_recipe(args.recipe, args.set)
+    world = World.join(args.device)
+    try:
+        train(args, recipe, world)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Packed rows: layout, pools, loss entries, and the batches that training reads."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from cuda_reference.data import FileRows, MadeUpRows, read_jsonl, stream
+from cuda_reference.data_packing import TILE, pack, packed_tokens
+from cuda_reference.data_prompts import TASKS, Sample, Writer
+from cuda_reference.data_tasks import TaskMaker
+from cuda_reference.data_text import build_corpora, collect
+from cuda_reference.recipe import DataConfig, Recipe
+from flux_mlx.spec import RouterConfig, pool_queries
+from parity_tests.tiny_training import byte_tokenizer, write_corpus
+
+P = 20
+TARGETS = dict.fromkeys(TASKS, 0.5)
+
+
+def made(lengths, answer=5, candidates=0):
+    rng = np.random.default_rng(0)
+    found = []
+    for i, n in enumerate(lengths):
+        tokens = rng.integers(0, 99, n).astype(np.int32)
+        others = tuple(rng.integers(0, 99, answer + j % 2).astype(np.int32) for j in range(candidates))
+        right = (tokens[-answer:],) if candidates else ()
+        found.append(Sample(tokens, n - answer, TASKS[i % len(TASKS)], right + others))
+    return found
+
+
+@pytest.fixture(scope="module")
+def maker(tmp_path_factory):
+    writer = Writer(byte_tokenizer())
+    documents = collect({"site": write_corpus(tmp_path_factory.mktemp("corpus"))})
+    return TaskMaker(writer, build_corpora(documents, writer.encode_batch, writer.newline_ids()), "train", seed=0)
+
+
+@pytest.fixture
+def recipe():
+    data = DataConfig(dict.fromkeys(TASKS, 1.0), shortest_tokens=1700, longest_tokens=3000, row_tokens=16384)
+    return Recipe(targets=TARGETS, data=data, router=RouterConfig(pool_tokens=P))
+
+
+def test_every_sample_lies_whole_on_its_own_tiles():
+    samples = made([100, 128, 129, 300])
+    packed = pack(samples, TASKS, P, 8 * TILE)
+    for index, sample in enumerate(samples):
+        rows = (packed.sample == index).nonzero().flatten().numpy()
+        assert rows[0] % TILE == 0
+        assert np.array_equal(packed.tokens[rows[: len(sample.tokens)]], sample.tokens)
+        assert np.array_equal(packed.positions[rows], np.arange(len(rows)))
+    assert packed.sample[-1] == 3
+    assert (packed.branch == 0).all()
+
+
+def test_loss_entries_predict_the_answer_from_the_row_before():
+    samples = made([100, 131])
+    packed = pack(samples, TASKS, P, 3 * TILE)
+    starts = [0, TILE]
+    for index, sample in enumerate(samples):
+        mine = packed.loss_sample == index
+        assert np.array_equal(packed.loss_targets[mine], sample.answer)
+        rows = starts[index] + np.arange(sample.prompt_tokens - 1, len(sample.tokens) - 1)
+        assert np.array_equal(packed.loss_rows[mine], rows)
+
+
+def test_candidates_follow_as_branches_at_the_answers_positions():
+    (sample,) = made([100], candidates=3)
+    packed = pack([sample], TASKS, P, TILE, candidates=True)
+    assert packed_tokens(sample, candidates=True) == TILE
+    for branch, answer in enumerate(sample.candidates[1:], start=1):
+        rows = (packed.branch == branch).nonzero().flatten().numpy()
+        assert np.array_equal(packed.tokens[rows], answer)
+        assert np.array_equal(packed.positions[rows], sample.prompt_tokens + np.arange(len(answer)))
+        mine = packed.loss_branch == branch
+        assert np.array_equal(packed.loss_targets[mine], answer)
+        assert packed.loss_rows[mine].tolist() == [sample.prompt_tokens - 1, *rows[:-1]]
+
+
+@pytest.mark.parametrize("prompt", [2, 15, 20, 21, 40, 41, 97])
+def test_pools_are_those_of_the_specification(prompt):
+    sample = Sample(np.arange(prompt + 3, dtype=np.int32), prompt, "code")
+    filler = made([70])
+    packed = pack([*filler, sample], TASKS, P, 3 * TILE)
+    queries = np.random.default_rng(0).normal(size=(3 * TILE, 2, 4))
+    start = int((packed.sample == 1).nonzero()[0])
+    expected = pool_queries(queries[None, start : start + prompt - 1], P)[0]
+    rows, weights = packed.pool_rows[1].numpy(), packed.pool_weights[1].double().numpy()
+    assert np.allclose((queries.mean(1)[rows] * weights[:, None]).sum(0), expected, atol=1e-7)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="1 samples of 256 tokens"):
+        pack(made([200]), TASKS, P, TILE)
+    with pytest.raises(ValueError, match="whole tiles"):
+        pack(made([100]), TASKS, P, 200)
+    with pytest.raises(ValueError, match="got 0 samples"):
+        pack([], TASKS, P, TILE)
+
+
+def test_made_up_rows_are_filled_and_mix_tasks(maker, recipe):
+    rows = MadeUpRows(maker, recipe)
+    used, tasks = 0, []
+    for number in range(8):
+        packed = rows[number]
+        used += int(packed.lengths.sum())
+        tasks += packed.task.tolist()
+    assert used / (8 * recipe.data.row_tokens) > 0.93
+    counts = np.bincount(tasks, minlength=len(TASKS))
+    assert counts.min() >= counts.sum() / len(TASKS) - 2
+
+
+def test_rows_are_a_function_of_their_number(maker, recipe):
+    alone = [p.tokens.tolist() for p in stream(MadeUpRows(maker, recipe), range(4))]
+    assert [p.tokens.tolist() for p in stream(MadeUpRows(maker, recipe), range(2, 4), workers=2)] == alone[2:]
+    pairs = [MadeUpRows(maker, recipe, rank, 2) for rank in range(2)]
+    assert [pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]][3].tokens.tolist() == alone[3]
+    assert len({str(tokens) for tokens in alone}) == 4
+
+
+def test_file_rows_hold_every_sample_once_a_pass(recipe):
+    samples = made([100 + 50 * i for i in range(40)])
+    rows = FileRows(samples, recipe)
+    a_pass = len(rows._rows(0))
+    seen = [p.lengths.tolist() for p in (rows[i] for i in range(a_pass))]
+    assert sorted(sum(seen, [])) == sorted(len(s.tokens) for s in samples)
+    assert [p.lengths.tolist() for p in (rows[i] for i in range(a_pass, a_pass + 1))] != seen[:1]
+    with pytest.raises(ValueError, match="at most 16384"):
+        FileRows(made([17000]), recipe)
+
+
+def test_jsonl_is_read_and_bad_lines_are_named(tmp_path):
+    writer, path = Writer(byte_tokenizer()), tmp_path / "mine.jsonl"
+    good = {"prompt": "What is up?", "answer": " The sky", "task": "code"}
+    path.write_text(json.dumps(good) + "\n")
+    (sample,) = read_jsonl(path, writer, TASKS)
+    assert writer.tokenizer.decode(sample.tokens) == "What is up? The sky"
+    assert sample.prompt_tokens == len("What is up?")
+    for bad in ("{", "[]", '{"prompt": "a"}', json.dumps(good | {"task": "x"}), json.dumps(good | {"answer": ""})):
+        path.write_text(json.dumps(good) + "\n" + bad + "\n")
+        with pytest.raises(ValueError, match=r"mine\.jsonl line 2"):
+            read_jsonl(path, writer, TASKS)
