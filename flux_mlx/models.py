@@ -49,9 +49,14 @@ class RoutedAttention:
         cache.widen(x.shape[0])
         self.route(x, cache)
         sparse = [route == Route.SPARSE for route in cache.routes]
-        if not any(sparse) or self.flux.pattern.is_dense(cache.size() + x.shape[1]):
+        if not any(sparse) or self.is_dense(cache, x.shape[1]):
             return super().__call__(x, mask, cache.kv)
         return self.attend(x, mask, cache, sparse)
+
+    def is_dense(self, cache: CacheList, tokens: int) -> bool:
+        """Whether sparse attention is full attention in this call; xattention's prefill drops blocks at any length."""
+        chooses_blocks = self.flux.pattern.name == "xattention" and cache.pinned is not None
+        return not chooses_blocks and self.flux.pattern.is_dense(cache.size() + tokens)
 
     def new_cache(self) -> CacheList:
         """An empty cache for this layer."""

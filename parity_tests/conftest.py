@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -60,6 +61,12 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     if reason:
         pytest.skip(f"backend {record.name}: {reason}")
     return record
+
+
+def report_near_ties(record_property: Callable[[str, object], None], ties: Sequence[str]) -> None:
+    """Note decisions that a test did not compare because they were too close; the run's summary lists them."""
+    if ties:
+        record_property(NOTE, "; ".join(ties))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
