@@ -20,6 +20,7 @@ from mlx_lm.utils import _get_classes, load_model, quantize_model
 
 from flux_mlx.gguf_directory import write_plain_directory
 from flux_mlx.model_directory import CARD_NAME, Base, card_field, is_flux_config, read_config
+from flux_mlx.official import base_config
 from flux_mlx.weights import check_safetensors, without_routers
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -127,7 +128,7 @@ def load_base(directory: Path) -> tuple[nn.Module, dict[str, Any]]:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"[load_base] {directory} ({config['model_type']}): {error}") from error
-    return model, {key: value for key, value in config.items() if key not in ("flux", "model_file")}
+    return model, base_config({key: value for key, value in config.items() if key not in ("flux", "model_file")})
 
 
 def cast(model: nn.Module, dtype: str) -> None:

@@ -20,18 +20,20 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from flux_mlx.model_directory import building, is_flux_config, read_config
-from flux_mlx.spec import FluxConfig, PatternConfig, RouterConfig, init_weights
+from flux_mlx.official import is_official, official_settings, two_logits
+from flux_mlx.spec import FluxConfig, RouterConfig, init_weights
 
 Routers = dict[int, dict[str, mx.array]]
 """Layer to the parameters of `RouterConfig.parameter_shapes`, float32."""
 
 _ROUTER = re.compile(r"(?:.*\.)?layers\.(\d+)\.self_attn\.(?:router|mask_allocator)\.(.+)")
 _PUBLISHED_NAMES = {"cls_feat_extractor.": "encoder.", "cls_router_head_agnostic.": "head."}
-_TRAINING_STATE = re.compile(r"(?:.*\.)?(?:self_attn\.attn_mask_log_alphas|sparsity_lambda\w*)")
+_TRAINING_STATE = re.compile(
+    r"(?:.*\.)?(?:self_attn\.(?:attn_mask_log_alphas|mask_allocator\.(?:log_temp|task_embedding\.weight))"
+    r"|sparsity_lambda\w*)"
+)
 _PROJECTION = re.compile(r"(?:.*\.)?layers\.\d+\.self_attn\.[qkv]_proj\..+")
 _METADATA_KEY = "flux"
-_PUBLISHED_SETTINGS = {"sink_size": "sink_tokens", "local_window_size": "window_tokens"}
-_PUBLISHED_POOL = "pool_size"
 
 
 def router_key(layer: int, name: str) -> str:
@@ -118,12 +120,13 @@ def read_routers(path: str | Path) -> RouterCheckpoint:
         for key, value in mx.load(str(file)).items():
             if _PROJECTION.fullmatch(key):
                 checkpoint.projections[key] = value
-            elif (found := split_router_key(key)) is not None:
+            elif not _TRAINING_STATE.fullmatch(key) and (found := split_router_key(key)) is not None:
                 _add(checkpoint.routers, *found, value, f"{file}: {key}")
     if not checkpoint.routers:
         raise ValueError(
             f"[read_routers] {path} has no routers: expected tensors like {router_key(0, 'head.4.weight')}"
         )
+    checkpoint.routers = {layer: two_logits(parameters) for layer, parameters in checkpoint.routers.items()}
     if not published:
         checkpoint.projections.clear()
     if path.is_dir() and (path / "config.json").is_file():
@@ -159,10 +162,7 @@ def _directory_settings(config: dict[str, Any]) -> FluxConfig | None:
     """Settings in config.json, of ours or of a published checkpoint; None if it has none."""
     if is_flux_config(config):
         return FluxConfig.from_dict(config["flux"])
-    if _PUBLISHED_POOL not in config:
-        return None
-    sizes = {ours: int(config[theirs]) for theirs, ours in _PUBLISHED_SETTINGS.items() if theirs in config}
-    return FluxConfig(PatternConfig(**sizes), RouterConfig(pool_tokens=int(config[_PUBLISHED_POOL])))
+    return official_settings(config) if is_official(config) else None
 
 
 def check_routers(routers: Routers, head_dims: Mapping[int, int]) -> None:
