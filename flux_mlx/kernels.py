@@ -111,6 +111,7 @@ def sparse_attention(
     prompt_tokens: int | None = None,
     scale: float | None = None,
     kv_tokens: int | None = None,
+    splits: int | None = None,
     run: Run = metal_run,
 ) -> tuple[mx.array, mx.array]:
     """Causal attention restricted to `pattern` (`flux_mlx.spec.visible`), skipping what is hidden.
@@ -118,12 +119,12 @@ def sparse_attention(
     Args:
         pattern: Which keys a query sees.
         prompt_tokens: Length of the whole prompt in exact prefill; None (chunked calls, decode) means streaming.
+        splits: Pieces of a call of up to 8 queries; chosen from the visible keys by default.
         The others, the results and the errors as in `full_attention`.
     """
     route = (int(Route.SPARSE),) * q.shape[0]
-    return routed_attention(
-        q, k, v, route, pattern, prompt_tokens=prompt_tokens, scale=scale, kv_tokens=kv_tokens, run=run
-    )
+    sizes = {"prompt_tokens": prompt_tokens, "scale": scale, "kv_tokens": kv_tokens, "splits": splits}
+    return routed_attention(q, k, v, route, pattern, **sizes, run=run)
 
 
 def routed_attention(
@@ -136,6 +137,7 @@ def routed_attention(
     prompt_tokens: int | None = None,
     scale: float | None = None,
     kv_tokens: int | None = None,
+    splits: int | None = None,
     run: Run = metal_run,
 ) -> tuple[mx.array, mx.array]:
     """Full or sparse attention by the route of each batch row, read by the kernel: no host synchronisation.
@@ -145,7 +147,7 @@ def routed_attention(
         The others, the results and the errors as in `sparse_attention`.
     """
     if pattern.name != "xattention" or prompt_tokens is None:
-        return _attend(q, k, v, route, rule_of(pattern, prompt_tokens), scale, kv_tokens, run)
+        return _attend(q, k, v, route, rule_of(pattern, prompt_tokens), scale, kv_tokens, run, splits)
     if kv_tokens is not None:
         k, v = k[:, :, :kv_tokens], v[:, :, :kv_tokens]
     mass = block_mass(q, k, pattern, run=run)
@@ -166,11 +168,11 @@ def _attend(
     scale: float | None,
     kv_tokens: int | None,
     run: Run,
+    splits: int | None = None,
 ) -> tuple[mx.array, mx.array]:
     dtype = _shared_dtype(q, k, v)
-    return operations.attention(
-        run, q, k, v, dtype=dtype, route=route, rule=rule, scale=_scale(q, scale), kv_tokens=kv_tokens
-    )
+    sizes = {"scale": _scale(q, scale), "kv_tokens": kv_tokens, "splits": splits}
+    return operations.attention(run, q, k, v, dtype=dtype, route=route, rule=rule, **sizes)
 
 
 def _shared_dtype(q: mx.array, k: mx.array, v: mx.array) -> str:

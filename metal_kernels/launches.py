@@ -8,7 +8,7 @@ from metal_kernels.catalog import Launch
 Shape = tuple[int, ...]
 
 _MERGE_KEYS = 256  # visible keys that a split of a decode call should have at least
-_MAX_SPLITS = 32
+MAX_SPLITS = 32
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -84,11 +84,11 @@ def prefill_table(q: Shape, dtype: str, block_rows: int, block_size: int) -> Lau
 
 def decode_splits(visible_tokens: int) -> int:
     """Pieces into which a decode call cuts its visible keys; 1 means a single launch."""
-    return max(1, min(_MAX_SPLITS, visible_tokens // _MERGE_KEYS))
+    return max(1, min(MAX_SPLITS, visible_tokens // _MERGE_KEYS))
 
 
-def _decode_rows(rows: int) -> int:
-    """Rows of a threadgroup: the rows that share a KV head, in chunks of at most 4."""
+def decode_rows(rows: int) -> int:
+    """Rows of a decode threadgroup: `rows` share a KV head, in chunks of at most 4."""
     return 4 if rows > 2 else rows
 
 
@@ -96,7 +96,7 @@ def decode(q: Shape, kv_heads: int, dtype: str, splits: int) -> Launch:
     """Launch of `catalog.DECODE` (one split) or `catalog.DECODE_SPLIT` for checked shapes, L <= DECODE_QUERIES."""
     batch, heads, q_tokens, head_dim = q
     spec = catalog.DECODE if splits == 1 else catalog.DECODE_SPLIT
-    rows = _decode_rows(heads // kv_heads * q_tokens)
+    rows = decode_rows(heads // kv_heads * q_tokens)
     chunks = _ceil_div(heads // kv_heads * q_tokens, rows)
     pieces = {
         "output_shapes": ((batch, heads, q_tokens, splits, head_dim), (batch, heads, q_tokens, splits, 2)),

@@ -94,6 +94,8 @@ def attention(
     shape = tuple(q.shape)
     launches.check_attention("attention", shape, tuple(k.shape), tuple(v.shape), dtype, kv_tokens)
     _check_route("attention", route, shape[0])
+    if splits is not None and not 1 <= splits <= launches.MAX_SPLITS:
+        raise ValueError(f"[attention] expected splits from 1 to {launches.MAX_SPLITS}, got {splits}.")
     inputs = [q, k, v, route, rule.words(), kv_tokens, float(scale)]
     if shape[2] > catalog.DECODE_QUERIES:
         out, lse = run(launches.prefill(shape, dtype), inputs)

@@ -36,9 +36,14 @@ static void flux_run_grid(const JobHeader& job) {
       lockstep::fail("driver: the grid is not a whole number of threadgroups");
     tg.groups[axis] = job.grid[axis] / job.threads[axis];
   }
-  for (tg.position[2] = 0; tg.position[2] < tg.groups[2]; tg.position[2]++)
-    for (tg.position[1] = 0; tg.position[1] < tg.groups[1]; tg.position[1]++)
-      for (tg.position[0] = 0; tg.position[0] < tg.groups[0]; tg.position[0]++) lockstep::run_threadgroup();
+  const uint32_t groups = tg.groups[0] * tg.groups[1] * tg.groups[2];
+  for (uint32_t i = 0; i < groups; i++) {
+    const uint32_t group = tg.schedule == lockstep::Schedule::behind ? groups - 1 - i : i;
+    tg.position[0] = group % tg.groups[0];
+    tg.position[1] = group / tg.groups[0] % tg.groups[1];
+    tg.position[2] = group / tg.groups[0] / tg.groups[1];
+    lockstep::run_threadgroup();
+  }
 }
 
 int main(int argc, char** argv) {

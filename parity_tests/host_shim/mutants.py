@@ -61,6 +61,11 @@ ATTENTION = (
     ("ahead", Case(2, 2, 3, 2, 107, 64, FINE, seed=5)),
     ("behind", Case(1, 1, 2, 1, 131, 64, None, values="huge scores", seed=6)),
     ("shuffled", Case(1, 1, 1, 8, 90, 64, TRIANGLE, prompt_tokens=85, seed=7)),
+    # A tile whose last key is its row's next one; which starts one before the keys that all rows see; which ends with
+    # the first key behind the sink.
+    ("fair", Case(1, 1, 1, 40, 70, 64, None, seed=12)),
+    ("fair", Case(1, 1, 1, 70, 200, 64, PatternConfig(block_size=11, sink_tokens=0, window_tokens=99), seed=13)),
+    ("fair", Case(1, 1, 1, 60, 160, 64, PatternConfig(block_size=31, sink_tokens=31, window_tokens=93), seed=14)),
 )
 
 
@@ -157,11 +162,13 @@ PROBES: tuple[tuple[Callable[..., list[str]], str, object], ...] = (
     *((_attention, schedule, case) for schedule, case in ATTENTION),
     (_table, "ahead", Case(2, 1, 2, 40, 75, 64, COARSE, seed=8)),
     (_table, "behind", Case(1, 2, 2, 33, 70, 64, FINE, seed=9)),
-    (_table, "ahead", Case(1, 1, 2, 75, 115, 64, PatternConfig(block_size=40, sink_tokens=40, window_tokens=40))),
+    (_table, "behind", Case(1, 1, 2, 75, 115, 64, PatternConfig(block_size=40, sink_tokens=40, window_tokens=40))),
+    (_table, "fair", Case(1, 1, 1, 40, 150, 64, PatternConfig(block_size=31, sink_tokens=31, window_tokens=31))),
     (_routed, "fair", Case(3, 1, 2, 20, 60, 64, FINE, seed=10)),
     (_routed, "fair", Case(3, 1, 2, 3, 60, 64, FINE, seed=11)),
     (_mass, "ahead", (16, 2, 70, 133)),
     (_mass, "behind", (24, 8, 31, 50)),
+    (_mass, "ahead", (32, 2, 20, 75)),
     (_router, "ahead", (37, 10)),
     (_router, "behind", (9, 100)),
 )
@@ -185,7 +192,10 @@ def verdict(mutant: Mutant | None) -> str:
 
 
 def score(mutants: tuple[Mutant, ...] = MUTANTS, workers: int = 2) -> dict[str, str]:
-    """Verdict of each mutant, by its name."""
+    """Verdict of each mutant, by its name. Raises RuntimeError if a probe fails on the unchanged kernels."""
+    unchanged = verdict(None)
+    if unchanged != "survived":
+        raise RuntimeError(f"[score] expected every probe to pass on the unchanged kernels, got {unchanged}.")
     with ThreadPoolExecutor(workers) as pool:
         return dict(zip((mutant.name for mutant in mutants), pool.map(verdict, mutants), strict=True))
 

@@ -1,0 +1,188 @@
+"""`flux_mlx.doctor`: what this machine runs, whether it runs right, and how fast; a report to paste into an issue."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from flux_mlx import attention, kernel_policy, kernels, spec
+from flux_mlx.kernel_policy import Variant
+from flux_mlx.spec import PatternConfig
+from metal_kernels import catalog
+
+PATTERN = PatternConfig()
+LENGTHS_TOKENS = (1024, 4096, 16384, 32768)
+CPU_LENGTHS_TOKENS = (256, 1024)
+SHAPE = {"q_heads": 32, "kv_heads": 8, "head_dim": 128}
+CPU_SHAPE = {"q_heads": 4, "kv_heads": 2, "head_dim": 64}
+_REPEATS = 5
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the system and the packages that matter."""
+    found = {"python": platform.python_version(), "system": platform.platform()}
+    for package in ("flux-mlx", "mlx", "mlx-lm", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def device() -> dict[str, Any]:
+    """MLX's device, and whether Metal is there."""
+    info = {key: value for key, value in mx.device_info().items() if isinstance(value, (str, int))}
+    return {"metal": kernels.is_available(), "default": str(mx.default_device()), **info}
+
+
+def all_variants() -> list[Variant]:
+    """Every kernel variant that the policy can choose."""
+    sizes = [(dtype, head_dim) for dtype in catalog.DTYPES for head_dim in catalog.HEAD_DIMS]
+    variants = [Variant(operation, *size) for operation in ("prefill", "blocks") for size in sizes]
+    return variants + [Variant("decode", *size, rows) for size in sizes for rows in (1, 2, 4)]
+
+
+def check_operations() -> list[dict[str, Any]]:
+    """The MLX operations against the specification on small cases: name and largest error of each."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, heads, n, 64)).astype(np.float32) for heads, n in ((4, 50), (2, 90), (2, 90)))
+    arrays = [mx.array(x) for x in (q, k, v)]
+    results = [("full", attention.full_attention(*arrays, impl="ops"), spec.full_attention(q, k, v)[0])]
+    for name in ("streaming", "triangle", "xattention"):
+        pattern = PatternConfig(name, block_size=16, sink_tokens=16, window_tokens=32, last_tokens=9, stride=8)
+        out = attention.sparse_attention(*arrays, pattern, prompt_tokens=90, impl="ops")
+        results.append((name, out, spec.sparse_attention(q, k, v, pattern, prompt_tokens=90)[0]))
+    return [{"check": name, "error": float(np.abs(np.array(out) - oracle).max())} for name, out, oracle in results]
+
+
+def _milliseconds(call: Callable[[], Any]) -> float:
+    """Median of a few timed calls after one to warm up."""
+    mx.eval(call())
+    times = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        mx.eval(call())
+        times.append(time.perf_counter() - start)
+    return round(1e3 * float(np.median(times)), 4)
+
+
+def _tensors(q_tokens: int, kv_tokens: int, dtype: mx.Dtype) -> list[mx.array]:
+    shape = SHAPE if kernels.is_available() else CPU_SHAPE
+    heads = (shape["q_heads"], q_tokens), (shape["kv_heads"], kv_tokens), (shape["kv_heads"], kv_tokens)
+    arrays = [mx.random.normal((1, h, n, shape["head_dim"])).astype(dtype) for h, n in heads]
+    mx.eval(arrays)
+    return arrays
+
+
+def benchmark(lengths_tokens: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Milliseconds of one attention call, full, sparse by operations and sparse by Metal (None without it)."""
+    rows = []
+    dtype = mx.float16 if kernels.is_available() else mx.float32
+    for operation, length in ((o, n) for o in ("prefill", "decode") for n in lengths_tokens):
+        q, k, v = _tensors(length if operation == "prefill" else 1, length, dtype)
+        variant = kernel_policy.variant_of(q, k, PATTERN, None)
+        usable = kernels.is_available() and variant is not None and not kernel_policy.verdict(variant)
+        rows.append(
+            {
+                "operation": operation,
+                "kv_tokens": length,
+                "full_ms": _milliseconds(lambda: attention.full_attention(q, k, v, impl="ops")),  # noqa: B023
+                "ops_ms": _milliseconds(lambda: attention.sparse_attention(q, k, v, PATTERN, impl="ops")),  # noqa: B023
+                "metal_ms": _milliseconds(lambda: kernels.sparse_attention(q, k, v, PATTERN)[0])  # noqa: B023
+                if usable
+                else None,
+            }
+        )
+    return rows
+
+
+def choose(rows: list[dict[str, Any]]) -> dict[str, int | None]:
+    """From which length on each operation's kernel wins in every row of a benchmark; None: never."""
+    choice: dict[str, int | None] = {}
+    for operation in ("prefill", "decode"):
+        shortest = None
+        for row in sorted((r for r in rows if r["operation"] == operation), key=lambda r: -r["kv_tokens"]):
+            if row["metal_ms"] is None or row["metal_ms"] >= row["ops_ms"]:
+                break
+            shortest = row["kv_tokens"]
+        choice[operation] = shortest
+    return choice
+
+
+def examine(lengths_tokens: tuple[int, ...]) -> dict[str, Any]:
+    """The whole report as JSON values."""
+    metal = kernels.is_available()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        policy = kernel_policy.report(all_variants if metal else None)
+    return {
+        "versions": versions(),
+        "device": device(),
+        "operations": check_operations(),
+        "kernels": policy,
+        "benchmark": benchmark(lengths_tokens),
+    }
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = ["flux_mlx doctor", ""]
+    lines += [f"{name:10} {value}" for name, value in report["versions"].items()]
+    lines += ["", *(f"{name:34} {value}" for name, value in report["device"].items()), ""]
+    lines += [f"operations, {row['check']:11} error {row['error']:.2g}" for row in report["operations"]]
+    variants = report["kernels"]["variants"]
+    if not report["device"]["metal"]:
+        lines.append("kernels: Metal not available, so none was run")
+    else:
+        broken = [v for v in variants if v["problem"]]
+        lines.append(f"kernels: {len(variants) - len(broken)} of {len(variants)} variants agree with stock attention")
+        lines += [f"  {v['operation']} {v['dtype']} D {v['head_dim']}: {v['problem']}" for v in broken]
+    lines += [f"calls, {name}: {n}" for name, n in report["kernels"]["calls"].items()]
+    lines += [f"calibration: {report['kernels']['calibration'] or 'none'}", ""]
+    lines.append("ms a call     keys     full      ops    metal")
+    for row in report["benchmark"]:
+        cells = (row[key] for key in ("full_ms", "ops_ms", "metal_ms"))
+        shown = " ".join("       -" if ms is None else f"{ms:8.3f}" for ms in cells)
+        lines.append(f"{row['operation']:9} {row['kv_tokens']:8} {shown}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command `flux_mlx.doctor`. Exit code 1 if a kernel or an operation is wrong."""
+    parser = argparse.ArgumentParser(prog="flux_mlx.doctor", description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON, too")
+    parser.add_argument("--calibrate", action="store_true", help="write down from which lengths the kernels win")
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", help="lengths of the benchmark")
+    options = parser.parse_args(arguments)
+    if options.lengths and min(options.lengths) < 1:
+        parser.error(f"--lengths: expected 1 or more, got {min(options.lengths)}.")
+    if options.calibrate and not kernels.is_available():
+        parser.error("--calibrate needs a Metal device, and this machine has none.")
+    lengths = tuple(options.lengths or (LENGTHS_TOKENS if kernels.is_available() else CPU_LENGTHS_TOKENS))
+    report = examine(lengths)
+    if options.calibrate:
+        path = kernel_policy.write_calibration(choose(report["benchmark"]))
+        report["kernels"]["calibration"] = kernel_policy.calibration()
+        sys.stderr.write(f"calibration written to {path}\n")
+    sys.stdout.write(as_text(report) + "\n")
+    if options.json:
+        partial = options.json.with_name(options.json.name + ".part")
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+        partial.replace(options.json)
+    wrong = [row for row in report["operations"] if not row["error"] < 1e-4]
+    return 1 if wrong or any(v["problem"] for v in report["kernels"]["variants"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

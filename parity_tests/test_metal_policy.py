@@ -1,0 +1,198 @@
+"""When Metal kernels are used, what happens when one is wrong, and what `flux_mlx.doctor` says."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+
+from flux_mlx import doctor, kernel_policy, kernels
+from flux_mlx.kernel_policy import Variant
+from flux_mlx.spec import PatternConfig
+from metal_kernels import catalog
+from parity_tests.host_shim.run import HostError, HostRun
+
+PATTERN = PatternConfig(block_size=16, sink_tokens=16, window_tokens=32)
+PREFILL = Variant("prefill", "float32", 64)
+
+
+@pytest.fixture
+def record(monkeypatch, tmp_path):
+    """A fresh record, no calibration, and a Metal device that is the host shim."""
+    fresh = kernel_policy.Record()
+    monkeypatch.setattr(kernel_policy, "RECORD", fresh)
+    monkeypatch.setenv("FLUX_MLX_CALIBRATION", str(tmp_path / "calibration.json"))
+    kernel_policy.calibration.cache_clear()
+    yield fresh
+    kernel_policy.calibration.cache_clear()
+
+
+@pytest.fixture
+def device(monkeypatch, record):
+    """Pretend that a Metal device of an M3's generation is there."""
+    monkeypatch.setattr(kernels, "is_available", lambda: True)
+    monkeypatch.setattr(kernel_policy, "gpu_generation", lambda: 15)
+    monkeypatch.setattr(kernel_policy, "self_test", lambda variant, run: "")
+    return record
+
+
+def queries(q_tokens: int = 40, head_dim: int = 64, dtype: mx.Dtype = mx.float32) -> mx.array:
+    return mx.zeros((1, 4, q_tokens, head_dim), dtype)
+
+
+def keys(kv_tokens: int = 400) -> mx.array:
+    return mx.zeros((1, 2, kv_tokens, 64))
+
+
+@pytest.mark.parametrize("operation", kernel_policy.OPERATIONS)
+@pytest.mark.parametrize(("dtype", "head_dim"), [("float32", 64), ("bfloat16", 80), ("float16", 128)])
+def test_self_test_passes_on_right_kernels(operation, dtype, head_dim):
+    assert kernel_policy.self_test(Variant(operation, dtype, head_dim, 4), HostRun()) == ""
+
+
+def test_self_test_sees_a_wrong_result():
+    def wrong(launch, inputs):
+        return [x * 1.01 for x in HostRun()(launch, inputs)]
+
+    assert "differs from stock attention" in kernel_policy.self_test(PREFILL, wrong)
+
+
+def test_self_test_sees_nan():
+    def unwritten(launch, inputs):
+        return [x * float("nan") for x in HostRun()(launch, inputs)]
+
+    assert "inf" in kernel_policy.self_test(PREFILL, unwritten)
+
+
+def test_a_failure_warns_once_and_falls_back(record):
+    def broken(launch, inputs):
+        raise HostError("program_source:12: error: expected ';'")
+
+    with pytest.warns(RuntimeWarning, match="expected ';'"):
+        assert kernel_policy.verdict(PREFILL, broken)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernel_policy.verdict(PREFILL, broken)
+    assert "expected" in kernel_policy.report()["variants"][0]["problem"]
+
+
+def test_without_a_device_nothing_is_tried(record):
+    if kernels.is_available():
+        pytest.skip("there is a Metal device")
+    assert not kernel_policy.use_metal(queries(), keys(), PATTERN)
+    assert record.verdicts == {}
+
+
+def test_sparse_calls_go_to_metal_where_it_should_win(device):
+    assert kernel_policy.use_metal(queries(), keys(), PATTERN)
+    assert kernel_policy.use_metal(queries(1), keys(), PATTERN)
+    assert kernel_policy.use_metal(queries(), keys(), PatternConfig(name="xattention"), prompt_tokens=400)
+    assert device.calls == {"metal": 3}
+    assert {v.operation for v in device.verdicts} == {"prefill", "decode", "blocks"}
+
+
+def test_what_stays_with_operations(device, monkeypatch):
+    assert not kernel_policy.use_metal(queries(), keys(40), PATTERN)
+    assert not kernel_policy.use_metal(queries(head_dim=72), keys(), PATTERN)
+    assert not kernel_policy.use_metal(queries(dtype=mx.complex64), keys(), PATTERN)
+    monkeypatch.setattr(kernel_policy, "gpu_generation", lambda: kernel_policy.TENSOR_UNIT_GENERATION)
+    assert not kernel_policy.use_metal(queries(), keys(), PATTERN)
+    assert kernel_policy.use_metal(queries(1), keys(), PATTERN)
+    assert device.calls == {"ops: operations should be faster": 2, "ops: unsupported dtype or head dim": 2, "metal": 1}
+
+
+def test_a_failed_self_test_is_counted(device, monkeypatch):
+    monkeypatch.setattr(kernel_policy, "self_test", lambda variant, run: "wrong")
+    with pytest.warns(RuntimeWarning, match="wrong"):
+        assert not kernel_policy.use_metal(queries(), keys(), PATTERN)
+    assert device.calls == {"ops: self-test failed": 1}
+
+
+def test_calibration_decides(device):
+    kernel_policy.write_calibration({"prefill": 300, "decode": None})
+    assert kernel_policy.use_metal(queries(), keys(400), PATTERN)
+    assert not kernel_policy.use_metal(queries(), keys(200), PATTERN)
+    assert not kernel_policy.use_metal(queries(1), keys(400), PATTERN)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"choice": 3}', '{"machine": {}, "choice": {"decode": "x"}}'])
+def test_a_bad_calibration_counts_as_none(record, text):
+    kernel_policy.calibration_path().write_text(text)
+    assert kernel_policy.calibration() == {}
+
+
+def test_a_calibration_of_another_machine_counts_as_none(record, monkeypatch):
+    kernel_policy.write_calibration({"prefill": 300})
+    assert kernel_policy.calibration() == {"prefill": 300}
+    kernel_policy.calibration.cache_clear()
+    monkeypatch.setattr(kernel_policy, "machine", lambda: {"device": "another", "mlx": "0"})
+    assert kernel_policy.calibration() == {}
+
+
+@pytest.mark.parametrize(("name", "generation"), [("applegpu_g13s", 13), ("applegpu_g17p", 17), ("x86_64", 0)])
+def test_generation_of_a_gpu(monkeypatch, name, generation):
+    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": name})
+    kernel_policy.gpu_generation.cache_clear()
+    try:
+        assert kernel_policy.gpu_generation() == generation
+    finally:
+        kernel_policy.gpu_generation.cache_clear()
+
+
+def test_choice_from_a_benchmark():
+    rows = [
+        {"operation": operation, "kv_tokens": n, "ops_ms": 2.0, "metal_ms": ms}
+        for operation, times in (("prefill", (3.0, 1.0, 1.0)), ("decode", (1.0, 1.0, 2.5)))
+        for n, ms in zip((100, 200, 400), times, strict=True)
+    ]
+    assert doctor.choose(rows) == {"prefill": 200, "decode": None}
+    assert doctor.choose([row | {"metal_ms": None} for row in rows]) == {"prefill": None, "decode": None}
+
+
+def test_doctor_reports_as_text_and_json(record, tmp_path, capsys):
+    target = tmp_path / "report.json"
+    assert doctor.main(["--lengths", "64", "--json", str(target)]) == 0
+    shown, report = capsys.readouterr().out, json.loads(target.read_text())
+    assert "operations, streaming" in shown
+    if not kernels.is_available():
+        assert "Metal not available" in shown
+        assert report["kernels"]["variants"] == []
+    assert [row["kv_tokens"] for row in report["benchmark"]] == [64, 64]
+    assert all(row["error"] < 1e-4 for row in report["operations"])
+
+
+def test_doctor_lists_broken_kernels():
+    report = {
+        "versions": {},
+        "device": {"metal": True},
+        "operations": [],
+        "kernels": {"variants": [vars(PREFILL) | {"problem": "wrong"}], "calls": {}, "calibration": {}},
+        "benchmark": [],
+    }
+    assert "0 of 1 variants agree" in doctor.as_text(report)
+    assert "prefill float32 D 64: wrong" in doctor.as_text(report)
+
+
+@pytest.mark.parametrize("arguments", [["--lengths", "0"], ["--lengths", "x"], ["--nonsense"]])
+def test_doctor_refuses_bad_arguments(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        doctor.main(arguments)
+    assert exit_info.value.code == 2
+    assert arguments[0].lstrip("-") in capsys.readouterr().err
+
+
+def test_doctor_knows_every_variant():
+    variants = doctor.all_variants()
+    assert len(variants) == len(set(variants)) == 5 * len(catalog.DTYPES) * len(catalog.HEAD_DIMS)
+    assert replace(PREFILL, rows=1) in variants
+
+
+def test_calibrating_needs_a_device(capsys):
+    if kernels.is_available():
+        pytest.skip("there is a Metal device")
+    with pytest.raises(SystemExit):
+        doctor.main(["--calibrate"])
+    assert "needs a Metal device" in capsys.readouterr().err
