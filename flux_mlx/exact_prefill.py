@@ -113,7 +113,7 @@ def _route_layer(layer: nn.Module, entry: CacheList, chunks: list[mx.array]) -> 
     if attn.forced is None:
         head, tail = (_attention_input(layer, end) for end in _ends(chunks, attn.flux.router.pool_tokens))
         entry.feed(0, attn.query_rows(head), attn.query_rows(tail), sum(chunk.shape[1] for chunk in chunks))
-        entry.decide(attn.decide(entry), [True])
+        entry.decide(attn.decide(entry.pooled()), [True])
 
 
 def prefill(

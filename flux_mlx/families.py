@@ -34,8 +34,9 @@ def is_routable(attn: Any, entry: object) -> bool:
 def project(attn: nn.Module, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """Queries, keys and values before RoPE, `[B, L, H, D]` each, of the attention input `[B, L, hidden]`."""
     if "qkv_proj" in attn:
-        size = head_dim(attn)
-        q, k, v = mx.split(attn.qkv_proj(x), [attn.n_heads * size, (attn.n_heads + attn.n_kv_heads) * size], axis=-1)
+        qkv = attn.qkv_proj(x)
+        size = qkv.shape[-1] // (attn.n_heads + 2 * attn.n_kv_heads)
+        q, k, v = mx.split(qkv, [attn.n_heads * size, (attn.n_heads + attn.n_kv_heads) * size], axis=-1)
     else:
         q, k, v = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
     q = _norm_heads(attn.get("q_norm"), q, attn.n_heads)
@@ -66,7 +67,7 @@ def rotate(attn: nn.Module, x: mx.array, offset: Any) -> mx.array:
 
 
 def head_dim(attn: nn.Module) -> int:
-    """D."""
+    """D of a module whose projections are not wrapped (by adapters or quantisation tools) yet."""
     if "qkv_proj" in attn:
         return attn.qkv_proj.weight.shape[0] // (attn.n_heads + 2 * attn.n_kv_heads)
     return attn.q_proj.weight.shape[0] // attn.n_heads

@@ -11,7 +11,7 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,7 +23,7 @@ from mlx_lm.utils import _get_classes
 from flux_mlx.attention import sparse_attention
 from flux_mlx.cache import CacheList, describe_routes
 from flux_mlx.families import ATTENTION_MODULES, head_dim, is_routable, project, project_queries, rotate
-from flux_mlx.router import Affine, LayerRouter, decide
+from flux_mlx.router import Affine, LayerRouter, decide, pool_queries
 from flux_mlx.spec import FluxConfig, Route, parse_route
 from flux_mlx.spec.config import RoutePolicy
 from flux_mlx.streaming import compact
@@ -34,6 +34,7 @@ class RoutedAttention:
 
     Attributes:
         router: The layer's `LayerRouter`.
+        pooled_dim: D.
         flux: Settings shared by the layers of the model.
         forced: Route that stands in for the router's decision, or None.
         group: The ranks that share the layer's heads, or None.
@@ -43,24 +44,19 @@ class RoutedAttention:
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         if cache is None and not self.training and self.forced != Route.FULL:
-            cache = self.new_cache()  # mlx_lm.perplexity: whole rows without a cache; in training all layers are full
+            return self.attend_uncached(x, mask)
         if not isinstance(cache, CacheList):
             return super().__call__(x, mask, cache)
         cache.widen(x.shape[0])
         self.route(x, cache)
         sparse = [route == Route.SPARSE for route in cache.routes]
-        if not any(sparse) or self.is_dense(cache, x.shape[1]):
+        if not any(sparse) or self.flux.pattern.is_dense(cache.size() + x.shape[1]):
             return super().__call__(x, mask, cache.kv)
         return self.attend(x, mask, cache, sparse)
 
-    def is_dense(self, cache: CacheList, tokens: int) -> bool:
-        """Whether sparse attention is full attention in this call; xattention's prefill drops blocks at any length."""
-        chooses_blocks = self.flux.pattern.name == "xattention" and cache.pinned is not None
-        return not chooses_blocks and self.flux.pattern.is_dense(cache.size() + tokens)
-
     def new_cache(self) -> CacheList:
         """An empty cache for this layer."""
-        return CacheList.new(head_dim(self), self.flux.router.pool_tokens)
+        return CacheList.new(self.pooled_dim, self.flux.router.pool_tokens)
 
     def route(self, x: mx.array, cache: CacheList) -> None:
         """Pool this call's prompt tokens and decide, unless the call is too short or the route is fixed."""
@@ -74,7 +70,7 @@ class RoutedAttention:
                 if is_pooled:
                     self.pool(x[row : row + 1, :n], cache, row)
             if any(pooled):
-                cache.decide(self.decide(cache), pooled)
+                cache.decide(self.decide(cache.pooled()), pooled)
         cache.caches[1].advance(x.shape[1])
 
     def pool(self, x: mx.array, cache: CacheList, row: int) -> None:
@@ -84,12 +80,15 @@ class RoutedAttention:
 
     def query_rows(self, x: mx.array) -> mx.array:
         """Queries before RoPE, averaged over the heads of all ranks: `[1, L, hidden]` to float32 `[L, D]`."""
-        rows = project_queries(self, x)[0].astype(mx.float32).mean(axis=1)
-        return rows if self.group is None else mx.distributed.all_sum(rows, group=self.group) / self.group.size()
+        return self.over_ranks(project_queries(self, x)[0].astype(mx.float32).mean(axis=1))
 
-    def decide(self, cache: CacheList) -> list[Route]:
-        """The router's decision for every row of the cache; that of rank 0, so that all ranks take the same."""
-        logits = self.router(cache.pooled())
+    def over_ranks(self, mean: mx.array) -> mx.array:
+        """The mean over the heads of all ranks, of the mean over this rank's."""
+        return mean if self.group is None else mx.distributed.all_sum(mean, group=self.group) / self.group.size()
+
+    def decide(self, pooled: mx.array) -> list[Route]:
+        """The router's decisions for pooled queries `[B, D]`; those of rank 0, so that all ranks take the same."""
+        logits = self.router(pooled)
         if self.group is not None:
             logits = mx.distributed.all_sum(logits * (self.group.rank() == 0), group=self.group)
         return decide(logits)
@@ -100,25 +99,42 @@ class RoutedAttention:
         q, k, v = (part.swapaxes(1, 2) for part in project(self, x))  # [B, H, L, D]
         q, k = rotate(self, q, offset), rotate(self, k, offset)
         k, v = cache.kv.update_and_fetch(k, v)
-        outputs = [self.attend_rows(rows, q, k, v, mask, cache, *how) for rows, how in row_groups(cache, sparse)]
-        out = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
-        return self.o_proj(out.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+        return self.attend_rows(q, k, v, mask, row_groups(sparse, cache.left_padding()), cache)
+
+    def attend_uncached(self, x: mx.array, mask: Any) -> mx.array:
+        """Attention over whole rows without a cache, each routed by itself: `mlx_lm.perplexity`, calibration.
+
+        Training is full attention instead. Every projection runs once, as tools that listen to them expect.
+        """
+        q, k, v = project(self, x)  # [B, L, H, D]
+        routes = [self.forced] * x.shape[0]
+        if self.forced is None:
+            routes = self.decide(self.over_ranks(pool_queries(q, self.flux.router.pool_tokens)))
+        q, k, v = (part.swapaxes(1, 2) for part in (q, k, v))
+        groups = row_groups([route == Route.SPARSE for route in routes], [0] * x.shape[0])
+        return self.attend_rows(rotate(self, q, 0), rotate(self, k, 0), v, mask, groups, None)
 
     def attend_rows(
-        self, rows: slice, q: mx.array, k: Any, v: Any, mask: Any, cache: CacheList, sparse: bool, padding: int
+        self, q: mx.array, k: Any, v: Any, mask: Any, groups: Iterator[RowGroup], cache: CacheList | None
     ) -> mx.array:
-        """Attention of consecutive rows of a batch that take the same route."""
-        q = q[rows]
-        k, v = (tree_map(lambda part: part[rows, :, padding:], x) for x in (k, v))
-        if sparse:
-            return self.attend_sparse(q, k, v, cache)
-        mask = mask[rows] if isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[0] > 1 else mask
-        return scaled_dot_product_attention(q, k, v, cache=cache.kv, scale=self.scale, mask=mask)
+        """Attention of a batch, group of rows by group, and the output projection: `[B, L, hidden]`."""
+        outputs = []
+        for rows, sparse, padding in groups:
+            keys, values = (tree_map(lambda part: part[rows, :, padding:], x) for x in (k, v))  # noqa: B023
+            if sparse:
+                outputs.append(self.attend_sparse(q[rows], keys, values, cache))
+                continue
+            own = mask[rows] if isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[0] > 1 else mask
+            kv = None if cache is None else cache.kv
+            out = scaled_dot_product_attention(q[rows], keys, values, cache=kv, scale=self.scale, mask=own)
+            outputs.append(out)
+        out = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+        return self.o_proj(out.swapaxes(1, 2).reshape(out.shape[0], out.shape[2], -1))
 
-    def attend_sparse(self, q: mx.array, k: Any, v: Any, cache: CacheList) -> mx.array:
+    def attend_sparse(self, q: mx.array, k: Any, v: Any, cache: CacheList | None) -> mx.array:
         """Sparse attention over keys without padding; of quantised keys only the visible ones are dequantised."""
-        pattern, prompt_tokens = self.flux.pattern, cache.pinned
-        if hasattr(cache.kv, "bits"):
+        pattern, prompt_tokens = self.flux.pattern, None if cache is None else cache.pinned
+        if cache is not None and hasattr(cache.kv, "bits"):
             if prompt_tokens is None or pattern.name == "streaming":
                 k, v = (tuple(compact(part, pattern, q.shape[2]) for part in x) for x in (k, v))
             sizes = {"group_size": cache.kv.group_size, "bits": cache.kv.bits}
@@ -126,16 +142,24 @@ class RoutedAttention:
         return sparse_attention(q, k, v, pattern, prompt_tokens=prompt_tokens, scale=self.scale)
 
 
-def row_groups(cache: CacheList, sparse: list[bool]) -> Iterator[tuple[slice, tuple[bool, int]]]:
-    """Runs of rows that one attention call can serve: (rows, (whether sparse, keys of left padding to leave out)).
+class RowGroup(NamedTuple):
+    """Consecutive rows of a batch that one attention call can serve."""
+
+    rows: slice
+    sparse: bool
+    padding: int  # keys on the left to leave out
+
+
+def row_groups(sparse: list[bool], left_padding: list[int]) -> Iterator[RowGroup]:
+    """The runs of rows that take one route, in order.
 
     Full rows keep their padding, which their mask hides; sparse rows go without, so that positions are absolute.
     """
-    how = [(row, padding if row else 0) for row, padding in zip(sparse, cache.left_padding(), strict=True)]
+    how = [(row, padding if row else 0) for row, padding in zip(sparse, left_padding, strict=True)]
     start = 0
     for key, run in itertools.groupby(how):
         stop = start + len(list(run))
-        yield slice(start, stop), key
+        yield RowGroup(slice(start, stop), *key)
         start = stop
 
 
@@ -246,7 +270,8 @@ def apply(model: nn.Module, config: FluxConfig) -> nn.Module:
         )
     for i, attn in chosen.items():
         attn.__class__ = _mixed(RoutedAttention, type(attn))
-        attn.router = LayerRouter(head_dim(attn), config.router, seed=i)
+        attn.pooled_dim = head_dim(attn)
+        attn.router = LayerRouter(attn.pooled_dim, config.router, seed=i)
         attn.flux = config
     model.__class__ = _mixed(FluxModel, type(model))
     model.flux = config
