@@ -28,7 +28,7 @@ from parity_tests.strategies import Case
 from parity_tests.tolerances import Reference
 
 
-class Stillborn(Exception):
+class StillbornError(Exception):
     """The mutant does not compile or changes nothing: the edit must be repaired."""
 
 
@@ -175,7 +175,7 @@ PROBES: tuple[tuple[Callable[..., list[str]], str, object], ...] = (
 
 
 def verdict(mutant: Mutant | None) -> str:
-    """ "killed: why" or "survived". Raises Stillborn if the mutant does not compile or no probe runs it."""
+    """ "killed: why" or "survived". Raises StillbornError if the mutant does not compile or no probe runs it."""
     reached = False
     for probe, schedule, sizes in PROBES:
         if mutant is not None and not mutant.concerns(probe.__name__):
@@ -183,11 +183,11 @@ def verdict(mutant: Mutant | None) -> str:
         try:
             reached |= bool(probe(mutant, schedule, sizes))
         except BuildError as error:
-            raise Stillborn(f"{mutant}: {error}") from None
+            raise StillbornError(f"{mutant}: {error}") from None
         except (AssertionError, HostError) as error:
             return f"killed by {probe.__name__[1:]}, {schedule}: {' '.join(str(error).split())[:90]}"
     if mutant is not None and not reached:
-        raise Stillborn(f"{mutant}: no probe runs the edited text")
+        raise StillbornError(f"{mutant}: no probe runs the edited text")
     return "survived"
 
 

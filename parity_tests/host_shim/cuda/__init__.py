@@ -1,0 +1,1 @@
+"""The same kernel text on an NVIDIA GPU."""
