@@ -55,8 +55,11 @@ class Backend:
         dtypes: What its attention takes.
         head_dims: Head dims drawn by hypothesis.
         block_sizes: Block sizes drawn by hypothesis.
+        strides: XAttention's strides drawn by hypothesis.
         supports: Whether it takes a case at all.
         rounds_scores: Its scores are rounded to the dtype before the softmax.
+        same_bits: Equal calls give equal bits. Not so where a BLAS orders its sums by where arrays lie in memory; there
+            "the same" means within the error budget.
         share: Share of the profile's examples: below 1 for slow backends.
         nan_fill: Context in which fresh outputs are filled with NaN; None where memory cannot be seen.
     """
@@ -69,8 +72,10 @@ class Backend:
     dtypes: tuple[str, ...] = DTYPES
     head_dims: tuple[int, ...] = (8, 16, 24, 64)
     block_sizes: tuple[int, ...] = (1, 4, 16, 32)
+    strides: tuple[int, ...] = (1, 2, 4)
     supports: Callable[[Case], bool] = lambda case: True
     rounds_scores: bool = False
+    same_bits: bool = True
     share: float = 1.0
     nan_fill: Callable[[], contextlib.AbstractContextManager] | None = None
 
@@ -86,21 +91,28 @@ def needs(*modules: str) -> Callable[[], str]:
 
 
 def masked_backend(
-    name: str, mask_of: Callable[[Case, int, int], np.ndarray], attention: Callable = baseline_attention, **fields: Any
+    name: str,
+    mask_of: Callable[[Case, np.ndarray, np.ndarray], np.ndarray],
+    attention: Callable = baseline_attention,
+    **fields: Any,
 ) -> Backend:
-    """A numpy backend from a mask: `mask_of(case, q_tokens, kv_tokens)`. Mutants are made this way too."""
+    """A numpy backend from a mask: `mask_of(case, q, k)`. Mutants are made this way too."""
 
     def attend(qkv: Arrays, case: Case) -> tuple[np.ndarray, np.ndarray]:
         q, k, v = qkv
-        return attention(q, k, v, mask_of(case, q.shape[2], k.shape[2]), case.score_scale, case.dtype)
+        return attention(q, k, v, mask_of(case, q, k), case.score_scale, case.dtype)
 
     return Backend(name, attend, **fields)
 
 
-def _spec_mask(case: Case, q_tokens: int, kv_tokens: int) -> np.ndarray:
-    if case.pattern is None:
+def spec_mask(case: Case, q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """What the queries of a call see, by the specification: bool, broadcasts to `[B, HQ, L, S]`."""
+    pattern, q_tokens, kv_tokens = case.pattern, q.shape[2], k.shape[2]
+    if pattern is None:
         return np.tri(q_tokens, kv_tokens, kv_tokens - q_tokens, dtype=bool)
-    return spec.visible_mask(case.pattern, q_tokens, kv_tokens, case.prompt_tokens)
+    if pattern.name == "xattention" and case.prompt_tokens is not None:
+        return spec.expand_blocks(spec.select_blocks(q, k, pattern), pattern.block_size, q_tokens, kv_tokens)
+    return spec.visible_mask(pattern, q_tokens, kv_tokens, case.prompt_tokens)
 
 
 def float32_pool(queries: np.ndarray, dtype: str, pool_tokens: int) -> np.ndarray:
@@ -141,7 +153,7 @@ def _choose(mass: np.ndarray, first: int, pattern: PatternConfig) -> np.ndarray:
 
 NUMPY = masked_backend(
     "numpy",
-    _spec_mask,
+    spec_mask,
     router=Router(float32_pool, float32_logits, spec.decide),
     blocks=BlockChoice(float32_mass, _choose, lambda q, k, dtype, pattern: spec.select_blocks(q, k, pattern)),
 )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from parity_tests.backends import Backend
 from parity_tests.frameworks import backend_table
+from parity_tests.properties import Decisions
 
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("quick", max_examples=30, derandomize=True, **COMMON)
@@ -63,10 +64,11 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return record
 
 
-def report_near_ties(record_property: Callable[[str, object], None], ties: Sequence[str]) -> None:
+def report_near_ties(record_property: Callable[[str, object], None], decisions: Decisions) -> None:
     """Note decisions that a test did not compare because they were too close; the run's summary lists them."""
-    if ties:
-        record_property(NOTE, "; ".join(ties))
+    if decisions.ties:
+        examples = ", ".join(sorted(set(decisions.ties))[:3])
+        record_property(NOTE, f"{len(decisions.ties)} of {decisions.count} ({examples}, ...)")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

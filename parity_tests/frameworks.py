@@ -181,7 +181,7 @@ def mlx_backend() -> Backend:
     def attend(qkv: Arrays, case: Case) -> tuple[np.ndarray, np.ndarray | None]:
         return mlx.attend(qkv, case, impl="ops")
 
-    return Backend("mlx", attend, needs("mlx.core"), mlx.router(), mlx.blocks(), rounds_scores=True)
+    return Backend("mlx", attend, needs("mlx.core"), mlx.router(), mlx.blocks(), rounds_scores=True, same_bits=False)
 
 
 def backend_table(device: str) -> dict[str, Backend]:

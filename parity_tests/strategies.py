@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from flux_mlx.spec import PatternConfig, visible_mask
 from parity_tests.tolerances import round_to
 
-VALUES = ("normal", "huge scores", "equal keys")
+VALUES = ("normal", "huge scores", "equal keys", "uneven keys")
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,10 @@ class Case:
             q, k = 12 * q, 6 * k
         elif self.values == "equal keys":
             k = np.broadcast_to(k[:, :, :1], k.shape)
+        elif self.values == "uneven keys":  # some runs of eight keys are wanted by every query
+            wanted = rng.standard_normal((self.batch, self.kv_heads, -(-self.kv_tokens // 8), 1))
+            k = k + 2 * wanted.repeat(8, axis=2)[:, :, : self.kv_tokens]
+            q = q + 0.5
         return tuple(round_to(x, self.dtype) for x in (q, k, v))
 
     def mask(self) -> np.ndarray:

@@ -22,9 +22,10 @@ from flux_mlx.models import Model, ModelArgs, routed_layers
 from flux_mlx.smollm2 import fetch_gguf
 from flux_mlx.spec import FluxConfig, PatternConfig, Route
 from parity_tests.conftest import report_near_ties
+from parity_tests.properties import Decisions
 from parity_tests.test_torch_loading import write_directory
 from parity_tests.tiny_models import randomise_routers
-from parity_tests.tolerances import NEAR_TIE, across_libraries
+from parity_tests.tolerances import NEAR_TIE, network_reference
 
 ROOT = Path(__file__).parent.parent
 PROMPT_TOKENS, NEW_TOKENS = 1500, 16
@@ -77,9 +78,9 @@ def test_same_routes_and_the_same_greedy_tokens(mlx_result, torch_result, record
     said, routes, logits = zip(mlx_result, torch_result, strict=True)
     layers = range(30)
     each = [np.stack([x[i] for i in layers]) for x in logits]
-    across_libraries(each[1].astype(np.float64), each[1]).check("route logits", each[0])
+    network_reference(each[1].astype(np.float64), each[1]).check("route logits", each[0])
     ties = [i for i, margin in enumerate(each[1][:, 1] - each[1][:, 0]) if abs(margin) < NEAR_TIE]
-    report_near_ties(record_property, [f"layer {i}" for i in ties])
+    report_near_ties(record_property, Decisions(len(layers), [f"layer {i}" for i in ties]))
     assert not ties, "choose other random routers: a decision of this test is too close to compare"
     assert routes[0] == routes[1]
     assert set(routes[0].values()) == {Route.FULL, Route.SPARSE}

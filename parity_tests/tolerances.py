@@ -97,6 +97,16 @@ class Reference:
     dtype: str
     slack: float = 0.0
 
+    @property
+    def budget(self) -> float:
+        """Largest error that a candidate may have anywhere."""
+        return BUDGET_FACTOR * float(np.abs(self.baseline - self.oracle).max()) + self.room
+
+    @property
+    def room(self) -> float:
+        """What is allowed besides the baseline's own error."""
+        return BUDGET_ULPS * ulp(self.oracle, self.dtype) + self.slack
+
     def check(self, what: str, candidate: np.ndarray, part: Any = ...) -> None:
         """Fail unless max|candidate - oracle| <= 2 max|baseline - oracle| + 2 ulp + slack, and the RMS is small too.
 
@@ -111,24 +121,22 @@ class Reference:
         oracle = self.oracle[part]
         if candidate.shape != oracle.shape:
             raise AssertionError(f"{what}: expected shape {oracle.shape}, got {candidate.shape}.")
-        error, allowed = np.abs(candidate - oracle), np.abs(self.baseline - self.oracle)
-        room = BUDGET_ULPS * ulp(self.oracle, self.dtype) + self.slack
-        worst, budget = error.max(), BUDGET_FACTOR * allowed.max() + room
-        if not worst <= budget:
+        error = np.abs(candidate - oracle)
+        if not error.max() <= self.budget:
             at = tuple(map(int, np.unravel_index(np.argmax(np.nan_to_num(error, nan=np.inf)), error.shape)))
-            raise AssertionError(f"{what}: error {worst:.3g} at {at}, over the budget {budget:.3g}.")
+            raise AssertionError(f"{what}: error {error.max():.3g} at {at}, over the budget {self.budget:.3g}.")
         size = rms(self.oracle)
-        limit = max(RMS_RATIO[self.dtype] * size, BUDGET_FACTOR * rms(allowed) + room)
+        limit = max(RMS_RATIO[self.dtype] * size, BUDGET_FACTOR * rms(self.baseline - self.oracle) + self.room)
         if not rms(error) <= limit:
             raise AssertionError(
                 f"{what}: RMS error {rms(error):.3g}, over {limit:.3g} (RMS of the oracle {size:.3g})."
             )
 
 
-def across_libraries(oracle: np.ndarray, baseline: np.ndarray) -> Reference:
-    """Reference for float32 results of a whole network computed by another library than oracle and baseline.
+def network_reference(oracle: np.ndarray, baseline: np.ndarray) -> Reference:
+    """Reference for float32 results of a whole network.
 
-    These two share rotary tables and the order of every sum, so the baseline shows too little of the rounding:
-    `RMS_RATIO` of the largest value is allowed besides.
+    Rounding grows over the layers, and a baseline of few numbers may show little of it, all the more if it shares
+    rotary tables and the order of every sum with the oracle: `RMS_RATIO` of the largest value is allowed besides.
     """
     return Reference(oracle, baseline, "float32", slack=RMS_RATIO["float32"] * float(np.abs(oracle).max()))
