@@ -19,6 +19,8 @@ from metal_kernels import operations
 from metal_kernels.catalog import KernelSpec, Launch
 from metal_kernels.operations import FULL_RULE, Rule, Run
 
+MAX_SCORE_BYTES = 1 << 30  # of xattention's group scores, [B, HQ, L / stride, S / stride] float32
+
 
 def is_available() -> bool:
     """Whether this process has a Metal device."""
@@ -150,13 +152,24 @@ def routed_attention(
         return _attend(q, k, v, route, rule_of(pattern, prompt_tokens), scale, kv_tokens, run, splits)
     if kv_tokens is not None:
         k, v = k[:, :, :kv_tokens], v[:, :, :kv_tokens]
-    mass = block_mass(q, k, pattern, run=run)
+    mass = _cheapest_mass(q, k, pattern, run)
     first = (k.shape[2] - q.shape[2]) // pattern.block_size
     kept = xattention.choose_blocks(mass, first, pattern.threshold, pattern.top_k_blocks)
     table = _pack(kept, first)
     return operations.table_attention(
         run, q, k, v, table, pattern.block_size, dtype=_shared_dtype(q, k, v), route=route, scale=_scale(q, scale)
     )
+
+
+def _cheapest_mass(q: mx.array, k: mx.array, pattern: PatternConfig, run: Run) -> mx.array:
+    """Block mass by operations while their group scores are small, else by the kernel: more reading, nothing stored.
+
+    The arithmetic is in metal_kernels/README.md.
+    """
+    groups = -(-q.shape[2] // pattern.stride) * -(-k.shape[2] // pattern.stride)
+    if q.shape[0] * q.shape[1] * groups * 4 <= MAX_SCORE_BYTES:
+        return xattention.block_mass(q, k, pattern.block_size, pattern.stride)
+    return block_mass(q, k, pattern, run=run)
 
 
 def _attend(
