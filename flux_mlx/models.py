@@ -22,6 +22,7 @@ from mlx_lm.utils import _get_classes
 
 from flux_mlx.attention import sparse_attention
 from flux_mlx.cache import CacheList, describe_routes
+from flux_mlx.cache import routes as taken_routes
 from flux_mlx.families import ATTENTION_MODULES, head_dim, is_routable, project, project_queries, rotate
 from flux_mlx.router import Affine, LayerRouter, decide, pool_queries
 from flux_mlx.spec import FluxConfig, Route, parse_route
@@ -207,10 +208,10 @@ def _checked_call(stock: type) -> Any:
             raise ValueError(f"[FluxModel] the cache has {len(cache)} entries, the model {len(self.layers)} layers.")
         for entry in cache:
             CacheList.adopt(entry)
-        before = describe_routes(cache) if self.flux_show else ""
+        before = taken_routes(cache) if self.flux_show else None
         out = stock.__call__(self, *args, **kwargs)
-        if self.flux_show and (after := describe_routes(cache)) != before:
-            print(f"flux: {after}", file=sys.stderr)
+        if self.flux_show and taken_routes(cache) != before:
+            print(f"flux: {describe_routes(cache)}", file=sys.stderr)
         return out
 
     return call
