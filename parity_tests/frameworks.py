@@ -18,6 +18,7 @@ import numpy as np
 
 from flux_mlx.spec import PatternConfig, Route, RouterConfig
 from parity_tests.backends import NUMPY, Arrays, Backend, BlockChoice, Router, needs
+from parity_tests.host_shim.backend import metal_backend
 from parity_tests.strategies import Case
 
 
@@ -186,5 +187,5 @@ def mlx_backend() -> Backend:
 
 def backend_table(device: str) -> dict[str, Backend]:
     """Every backend of the suite by name, for tensors on "cpu" or "cuda"."""
-    table = (NUMPY, torch_backend(device), mlx_backend(), triton_backend(device))
+    table = (NUMPY, torch_backend(device), mlx_backend(), triton_backend(device), metal_backend())
     return {backend.name: backend for backend in table}
