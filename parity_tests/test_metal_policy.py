@@ -11,7 +11,7 @@ import pytest
 
 from flux_mlx import doctor, kernel_policy, kernels
 from flux_mlx.kernel_policy import Variant
-from flux_mlx.spec import PatternConfig
+from flux_mlx.spec import PatternConfig, RouterConfig
 from metal_kernels import catalog
 from parity_tests.host_shim.run import HostError, HostRun
 
@@ -196,3 +196,28 @@ def test_calibrating_needs_a_device(capsys):
     with pytest.raises(SystemExit):
         doctor.main(["--calibrate"])
     assert "needs a Metal device" in capsys.readouterr().err
+
+
+def test_the_launcher_builds_every_operation(device, tmp_path):
+    """`metal_run` hands MLX calls that it accepts: recorded while a function is exported, which needs no device."""
+
+    results = []
+
+    def calls(q, k, few):
+        route = kernels.route_layer(q.swapaxes(1, 2), weights, 10)[1]
+        blocks = PatternConfig(name="xattention", block_size=16, stride=4)
+        results[:] = [
+            kernels.full_attention(q, k, k)[0],
+            kernels.routed_attention(q, k, k, route, PATTERN)[0],
+            kernels.sparse_attention(few, k, k, PATTERN)[1],
+            kernels.sparse_attention(few, k, k, PATTERN, splits=4)[0],
+            kernels.sparse_attention(q, k, k, blocks, prompt_tokens=90)[0],
+            kernels.block_mass(q, k, blocks),
+        ]
+        return results
+
+    shapes = RouterConfig.parameter_shapes(64)
+    weights = {name: mx.zeros(shape) for name, shape in shapes.items()}
+    q, k = mx.zeros((2, 4, 40, 64)), mx.zeros((2, 2, 90, 64))
+    mx.export_function(str(tmp_path / "calls.mlxfn"), calls, q, k, q[:, :, :3])
+    assert [tuple(r.shape) for r in results] == [q.shape, q.shape, (2, 4, 3), (2, 4, 3, 64), q.shape, (2, 4, 3, 6)]
