@@ -60,7 +60,7 @@ class Backend:
         rounds_scores: Its scores are rounded to the dtype before the softmax.
         same_bits: Equal calls give equal bits. Not so where a BLAS orders its sums by where arrays lie in memory; there
             "the same" means within the error budget.
-        share: Share of the profile's examples: below 1 for slow backends.
+        share: Share of the profile's examples: below 1 for slow backends, which also get smaller ones.
         nan_fill: Context in which fresh outputs are filled with NaN; None where memory cannot be seen.
     """
 
@@ -78,6 +78,11 @@ class Backend:
     same_bits: bool = True
     share: float = 1.0
     nan_fill: Callable[[], contextlib.AbstractContextManager] | None = None
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether it gets fewer and smaller examples."""
+        return self.share < 1
 
 
 def needs(*modules: str) -> Callable[[], str]:

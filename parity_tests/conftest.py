@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -20,19 +21,29 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 NOTE = "near-ties"  # user property under which a test reports decisions that it did not compare
 
 
+def required_backends(device: str) -> list[str]:
+    """Backends that must run on this platform: one that cannot is a failure, not a skip."""
+    if device == "cuda":
+        return ["numpy", "torch", "triton"]
+    return ["numpy", "torch", "mlx", "metal"] + ["triton"] * sys.platform.startswith("linux")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--device` and `--require-backends`."""
     group = parser.getgroup("parity")
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where Torch and Triton run")
     group.addoption(
         "--require-backends",
-        default="",
-        help="comma-separated backends that must run: one that cannot is a failure, not a skip",
+        metavar="NAMES",
+        help="comma-separated backends whose absence is a failure, not a skip (default: all that the platform has)",
     )
 
 
 def _required(config: pytest.Config) -> set[str]:
-    return {name for name in config.getoption("--require-backends").split(",") if name}
+    names = config.getoption("--require-backends")
+    if names is None:
+        return set(required_backends(config.getoption("--device")))
+    return {name for name in names.split(",") if name}
 
 
 def pytest_configure(config: pytest.Config) -> None:

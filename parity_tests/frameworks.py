@@ -7,6 +7,7 @@ goes in and comes out.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -18,7 +19,6 @@ import numpy as np
 
 from flux_mlx.spec import PatternConfig, Route, RouterConfig
 from parity_tests.backends import NUMPY, Arrays, Backend, BlockChoice, Router, needs
-from parity_tests.host_shim.backend import metal_backend
 from parity_tests.strategies import Case
 
 
@@ -70,19 +70,19 @@ class Framework:
 
         return Router(pool, logits, decide)
 
-    def blocks(self) -> BlockChoice:
-        """The steps of the package's `xattention` module."""
+    def blocks(self, name: str = "xattention") -> BlockChoice:
+        """The steps of the package's module `name`."""
 
         def mass(q: np.ndarray, k: np.ndarray, dtype: str, pattern: PatternConfig) -> np.ndarray:
             tensors = self.to(q, dtype), self.to(k, dtype)
-            return self.back(self.module("xattention").block_mass(*tensors, pattern.block_size, pattern.stride))
+            return self.back(self.module(name).block_mass(*tensors, pattern.block_size, pattern.stride))
 
         def choose(values: np.ndarray, first: int, pattern: PatternConfig) -> np.ndarray:
             settings = first, pattern.threshold, pattern.top_k_blocks
-            return self.back(self.module("xattention").choose_blocks(self.to(values, "float32"), *settings))
+            return self.back(self.module(name).choose_blocks(self.to(values, "float32"), *settings))
 
         def select(q: np.ndarray, k: np.ndarray, dtype: str, pattern: PatternConfig) -> np.ndarray:
-            return self.back(self.module("xattention").select_blocks(self.to(q, dtype), self.to(k, dtype), pattern))
+            return self.back(self.module(name).select_blocks(self.to(q, dtype), self.to(k, dtype), pattern))
 
         return BlockChoice(mass, choose, select)
 
@@ -153,8 +153,10 @@ def torch_backend(device: str) -> Backend:
 
 def triton_backend(device: str) -> Backend:
     """The Triton kernels: compiled on a GPU, interpreted on a CPU (slow, so few examples)."""
-    torch = torch_framework(device)
-    interpreted = device == "cpu"
+    torch, interpreted = torch_framework(device), device == "cpu"
+
+    def to(x: np.ndarray, dtype: str) -> Any:  # the interpreter has no bfloat16; the values are rounded already
+        return torch.to(x, "float32" if interpreted and dtype == "bfloat16" else dtype)
 
     def attend(qkv: Arrays, case: Case) -> tuple[np.ndarray, np.ndarray | None]:
         return torch.attend(qkv, case, impl="triton", return_lse=True)
@@ -168,8 +170,10 @@ def triton_backend(device: str) -> Backend:
         "triton",
         attend,
         missing,
+        blocks=replace(torch, to=to).blocks("triton_xattention"),
         head_dims=(64, 80, 96, 128),
         block_sizes=(1, 16, 32),
+        strides=(2, 4, 8),
         share=0.1 if interpreted else 1.0,
         nan_fill=torch_nan_fill,
     )
@@ -185,7 +189,18 @@ def mlx_backend() -> Backend:
     return Backend("mlx", attend, needs("mlx.core"), mlx.router(), mlx.blocks(), rounds_scores=True, same_bits=False)
 
 
+def metal_backend() -> Backend:
+    """The Metal kernels on the host shim, or on a Metal device. They are launched through MLX."""
+    reason = needs("mlx.core")()
+    if reason:
+        return replace(NUMPY, name="metal", missing=lambda: reason)
+    return importlib.import_module("parity_tests.host_shim.backend").metal_backend()
+
+
+@functools.cache
 def backend_table(device: str) -> dict[str, Backend]:
     """Every backend of the suite by name, for tensors on "cpu" or "cuda"."""
-    table = (NUMPY, torch_backend(device), mlx_backend(), triton_backend(device), metal_backend())
+    table = [NUMPY, torch_backend(device), triton_backend(device)]
+    if device == "cpu":
+        table += [mlx_backend(), metal_backend()]
     return {backend.name: backend for backend in table}

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from hypothesis import strategies as st
 
 from flux_mlx.spec import PatternConfig, visible_mask
 from parity_tests.tolerances import round_to
+
+if TYPE_CHECKING:
+    from parity_tests.backends import Backend
 
 VALUES = ("normal", "huge scores", "equal keys", "uneven keys")
 
@@ -145,27 +149,30 @@ def patterns(draw: st.DrawFn, block_sizes: tuple[int, ...]) -> PatternConfig | N
 
 
 @st.composite
-def cases(draw: st.DrawFn, dtypes: tuple[str, ...], head_dims: tuple[int, ...], block_sizes: tuple[int, ...]) -> Case:
+def cases(draw: st.DrawFn, backend: Backend) -> Case:
     """Attention calls of up to 150 keys within what a backend supports; B, HQ, L, S and D differ where they can."""
-    pattern = draw(patterns(block_sizes))
+    pattern = draw(patterns(backend.block_sizes))
     block = 16 if pattern is None else pattern.block_size
     kv_tokens = draw(st.integers(1, min(150, 5 * block + 30)))
     named = [n for n in (1, block - 1, block, block + 1, kv_tokens) if 1 <= n <= kv_tokens]
     q_tokens = draw(st.sampled_from(named) | st.integers(1, kv_tokens))
     prompts = st.integers(kv_tokens - q_tokens, kv_tokens + 1).filter(lambda n: n > 0)
-    kv_heads, group = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 4, 8]))
+    kv_heads = draw(st.integers(1, 2 if backend.is_slow else 3))
+    group = draw(st.sampled_from([1, 2] if backend.is_slow else [1, 2, 3, 4, 8]))
     taken = {q_tokens, kv_tokens, kv_heads * group}
     return Case(
-        batch=draw(st.sampled_from([n for n in (1, 2, 3, 5) if n == 1 or n not in taken])),
+        batch=draw(
+            st.sampled_from([n for n in ((1, 2) if backend.is_slow else (1, 2, 3, 5)) if n not in taken] or [1])
+        ),
         kv_heads=kv_heads,
         group=group,
         q_tokens=q_tokens,
         kv_tokens=kv_tokens,
-        head_dim=draw(st.sampled_from([d for d in head_dims if d not in taken] or head_dims)),
+        head_dim=draw(st.sampled_from([d for d in backend.head_dims if d not in taken] or backend.head_dims)),
         pattern=pattern,
         prompt_tokens=draw(st.none() | prompts) if pattern is not None else None,
         scale=draw(st.sampled_from([None, None, 0.3])),
-        dtype=draw(st.sampled_from(dtypes)),
+        dtype=draw(st.sampled_from(backend.dtypes)),
         values=draw(st.sampled_from([VALUES[0], *VALUES])),
         seed=draw(st.integers(0, 2**32 - 1)),
     )

@@ -44,16 +44,16 @@ class RouterCase:
 
 
 @st.composite
-def router_cases(draw: st.DrawFn, dtypes: tuple[str, ...], head_dims: tuple[int, ...]) -> RouterCase:
+def router_cases(draw: st.DrawFn, backend: Backend) -> RouterCase:
     pool = draw(st.sampled_from([1, 3, 10, 100]))
     ends = [n for n in (1, pool - 1, pool, pool + 1, 2 * pool - 1, 2 * pool, 2 * pool + 1) if n > 0]
     return RouterCase(
         batch=draw(st.integers(1, 3)),
         tokens=draw(st.sampled_from(ends) | st.integers(1, 3 * pool)),
         heads=draw(st.sampled_from([1, 4, 9])),
-        head_dim=draw(st.sampled_from(head_dims)),
+        head_dim=draw(st.sampled_from(backend.head_dims)),
         pool_tokens=pool,
-        dtype=draw(st.sampled_from(dtypes)),
+        dtype=draw(st.sampled_from(backend.dtypes)),
         seed=draw(st.integers(0, 2**32 - 1)),
     )
 
@@ -126,8 +126,7 @@ ROUTER_PROPERTIES = {
 def test_router_property(backend, name, record_property):
     if backend.router is None:
         pytest.skip(f"backend {backend.name} has no router of its own")
-    drawn = router_cases(backend.dtypes, backend.head_dims)
-    report_near_ties(record_property, for_all(backend, drawn, ROUTER_PROPERTIES[name]))
+    report_near_ties(record_property, for_all(backend, router_cases(backend), ROUTER_PROPERTIES[name]))
 
 
 def test_ties_are_sparse(backend):
