@@ -1,8 +1,7 @@
 """Saved prompt caches with a fingerprint: of the whole file, and of the model that made it.
 
 The file is the one that mlx-lm's `save_prompt_cache` writes, so stock commands can read it too. Its metadata also
-holds the format's version, the number of layers, a digest of the model, and the SHA-256 of the file's bytes (taken
-with zeros in its own place).
+holds the format's version, the number of layers, a digest of the model, and the file's own (`flux_mlx.fingerprint`).
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,11 @@ from mlx_lm.models.cache import load_prompt_cache as stock_load
 from mlx_lm.models.cache import save_prompt_cache as stock_save
 
 from flux_mlx.cache import CacheList
+from flux_mlx.fingerprint import BLANK, check_stamp, is_stamped, stamp
+from flux_mlx.weights import check_safetensors
 
 VERSION = "1"
 SAMPLES = 64  # values of a parameter that go into the model's digest
-MAX_HEADER_BYTES = 16 << 20
-_BLANK = "0" * 64
-_PLACE = re.compile(rb'"0\.flux_file_sha256":"([0-9a-f]{64})"')
 
 
 def model_digest(model: nn.Module) -> str:
@@ -65,53 +62,19 @@ def save_prompt_cache(
         "flux_version": VERSION,
         "flux_layers": str(len(cache)),
         "flux_model_sha256": model_digest(model),
-        "flux_file_sha256": _BLANK,
     }
     part = path.with_name(f".{path.stem}.{os.getpid()}.part.safetensors")
     try:
-        stock_save(str(part), cache, {**(metadata or {}), **stamps})
-        digest, place = _file_digest(part)
-        with part.open("r+b") as file:
-            file.seek(place)
-            file.write(digest.encode())
+        stock_save(str(part), cache, {**(metadata or {}), **stamps, **BLANK})
+        stamp(part)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _header(path: Path) -> bytes:
-    """Length field and header of a safetensors file."""
-    with path.open("rb") as file:
-        field = file.read(8)
-        length = int.from_bytes(field, "little")
-        if len(field) < 8 or length > min(MAX_HEADER_BYTES, path.stat().st_size - 8):
-            raise ValueError(f"[load_prompt_cache] {path} is no whole safetensors file.")
-        return field + file.read(length)
-
-
-def _file_digest(path: Path) -> tuple[str, int]:
-    """SHA-256 of a file with zeros in the digest's place, and that place in bytes."""
-    header = _header(path)
-    places = list(_PLACE.finditer(header))
-    if len(places) != 1:
-        raise ValueError(f"[load_prompt_cache] {path} has no fingerprint: expected a cache saved by flux_mlx.")
-    start, stop = places[0].span(1)
-    digest = hashlib.sha256(header[:start] + _BLANK.encode() + header[stop:])
-    with path.open("rb") as file:
-        file.seek(len(header))
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest(), start
-
-
 def has_fingerprint(path: str | Path) -> bool:
     """Whether a file is one of ours, be it damaged: `load_prompt_cache` is for it, not mlx-lm's own function."""
-    path = Path(path)
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        start = file.read(MAX_HEADER_BYTES)
-    return any(f"flux_{name}".encode() in start for name in ("version", "layers", "model_sha256", "file_sha256"))
+    return is_stamped(Path(path))
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -122,17 +85,11 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         ValueError: No fingerprint, another version, or a byte has changed.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"[load_prompt_cache] no such file: {path}")
-    digest, place = _file_digest(path)
-    header = _header(path)
-    stored = header[place : place + 64].decode()
-    if digest != stored:
-        raise ValueError(f"[load_prompt_cache] {path} was changed: expected SHA-256 {stored}, got {digest}.")
-    entries = json.loads(header[8:])["__metadata__"]
+    check_stamp(path)
+    entries = check_safetensors(path)[1]
     metadata = {key[2:]: value for key, value in entries.items() if key.startswith("0.")}
-    if metadata["flux_version"] != VERSION:
-        found = metadata["flux_version"]
+    if metadata.get("flux_version") != VERSION:
+        found = metadata.get("flux_version")
         raise ValueError(f"[load_prompt_cache] {path} has format {found!r}; this flux_mlx reads {VERSION!r}.")
     return metadata
 
@@ -144,7 +101,7 @@ def check_model(path: str | Path, metadata: dict[str, str], model: nn.Module) ->
         ValueError: It was made by another model or other routers.
     """
     layers, digest = len(model.layers), model_digest(model)
-    if metadata["flux_layers"] != str(layers):
+    if metadata.get("flux_layers") != str(layers):
         raise ValueError(f"[load_prompt_cache] {path} holds {metadata['flux_layers']} layers, the model {layers}.")
     if metadata["flux_model_sha256"] != digest:
         raise ValueError(

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.utils import _download, load_model, load_tokenizer
+from mlx_lm.utils import _download
 
 from flux_mlx.model_directory import read_config
-from flux_mlx.models import Model, ModelArgs
+from flux_mlx.safe_loading import load_any_tokenizer, load_flux
 
 
 def load(path_or_hf_repo: str | Path, *, lazy: bool = False) -> tuple[nn.Module, Any]:
@@ -27,12 +27,8 @@ def load(path_or_hf_repo: str | Path, *, lazy: bool = False) -> tuple[nn.Module,
         ValueError: Not a Flux model, or its settings or weights do not fit.
     """
     directory = Path(_download(str(path_or_hf_repo)))
-    if "flux" not in read_config(directory):
+    config = read_config(directory)
+    if "flux" not in config:
         raise ValueError(f"[load] {directory} has no flux section in config.json; make one with flux_mlx.convert.")
-    model, config = load_model(
-        directory,
-        lazy=lazy,
-        model_config={"model_file": None},
-        get_model_classes=lambda config: (Model, ModelArgs),
-    )
-    return model, load_tokenizer(directory, eos_token_ids=config.get("eos_token_id"))
+    model, config = load_flux(directory, config, lazy=lazy)
+    return model, load_any_tokenizer(directory, {}, config)

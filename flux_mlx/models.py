@@ -6,6 +6,7 @@ know where a family keeps its projections, norms and rotary embedding: `flux_mlx
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -256,6 +257,11 @@ def apply(model: nn.Module, config: FluxConfig) -> nn.Module:
     Raises:
         ValueError: No layer can be routed, or the route names a layer that is not there.
     """
+    return _apply(model, config, fresh=True)
+
+
+def _apply(model: nn.Module, config: FluxConfig, fresh: bool) -> nn.Module:
+    """`apply`; unless `fresh`, the routers wait for weights that are loaded next."""
     if isinstance(model, FluxModel):
         raise ValueError("[apply] the model is a Flux model already; change its routes with set_route.")
     if not hasattr(model, "layers"):
@@ -272,7 +278,7 @@ def apply(model: nn.Module, config: FluxConfig) -> nn.Module:
     for i, attn in chosen.items():
         attn.__class__ = _mixed(RoutedAttention, type(attn))
         attn.pooled_dim = head_dim(attn)
-        attn.router = LayerRouter(attn.pooled_dim, config.router, seed=i)
+        attn.router = LayerRouter(attn.pooled_dim, config.router, seed=i if fresh else None)
         attn.flux = config
     model.__class__ = _mixed(FluxModel, type(model))
     model.flux = config
@@ -316,6 +322,20 @@ class ModelArgs:
 
 
 def Model(args: ModelArgs) -> nn.Module:  # noqa: N802 (mlx-lm's loader asks for this name)
-    """Build the stock model of the config's `model_type` and make it route."""
+    """Build the stock model of the config's `model_type` and make it route; its routers wait for their weights."""
     stock_model, stock_args = _get_classes(args.config)
-    return apply(stock_model(stock_args.from_dict(args.config)), args.flux)
+    _check_types(args.config, stock_args)
+    return _apply(stock_model(stock_args.from_dict(args.config)), args.flux, fresh=False)
+
+
+def _check_types(config: dict[str, Any], stock_args: type) -> None:
+    """Refuse numbers, words and switches of another type than the stock model declares: it would fail in use."""
+    kinds = {"int": int, "float": (int, float), "bool": bool, "str": str}
+    for field in dataclasses.fields(stock_args) if dataclasses.is_dataclass(stock_args) else ():
+        declared = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
+        value = config.get(field.name)
+        if declared not in kinds or value is None:
+            continue
+        wrong_bool = isinstance(value, bool) and declared in ("int", "float")
+        if wrong_bool or not isinstance(value, kinds[declared]):
+            raise ValueError(f"[Model] {field.name} must be of type {declared}, got {value!r}.")

@@ -28,15 +28,19 @@ class LayerRouter(nn.Module):
     Args:
         head_dim: D.
         config: Pool size and the bias of a fresh router.
-        seed: Seed of the fresh weights.
+        seed: Seed of the fresh weights; None leaves zeros, not computed, for weights that are loaded next.
     """
 
-    def __init__(self, head_dim: int, config: RouterConfig, seed: int = 0):
+    def __init__(self, head_dim: int, config: RouterConfig, seed: int | None = 0):
         super().__init__()
-        fresh = init_weights(head_dim, config, np.random.default_rng(seed))
+        if seed is None:
+            weights = {name: mx.zeros(shape) for name, shape in config.parameter_shapes(head_dim).items()}
+        else:
+            fresh = init_weights(head_dim, config, np.random.default_rng(seed))
+            weights = {name: mx.array(value) for name, value in fresh.items()}
 
         def affine(name: str) -> Affine:
-            return Affine(mx.array(fresh[f"{name}.weight"]), mx.array(fresh[f"{name}.bias"]))
+            return Affine(weights[f"{name}.weight"], weights[f"{name}.bias"])
 
         self.encoder = [affine("encoder.0"), nn.SiLU(), affine("encoder.2")]
         self.head = [affine("head.0"), nn.SiLU(), affine("head.2"), nn.SiLU(), affine("head.4")]

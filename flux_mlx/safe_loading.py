@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from mlx_lm.utils import _download, load_model, load_tokenizer
 
 from flux_mlx.model_directory import SHIM_NAME, is_flux_config, read_config, shim_text
 from flux_mlx.models import Model, ModelArgs
+from flux_mlx.weights import check_safetensors
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 def check_model_file(directory: Path, config: dict[str, Any]) -> None:
@@ -41,6 +45,43 @@ def find_model(path_or_hf_repo: str) -> tuple[Path, dict[str, Any]]:
     return directory, config
 
 
+def load_flux(directory: Path, config: dict[str, Any], *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+    """The Flux model of a directory, built by this package, and its whole config.
+
+    Raises:
+        FileNotFoundError: No weights.
+        ValueError: Damaged weights, or settings or weights that do not fit; the message names the directory.
+    """
+    files = sorted(directory.glob("model*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"[load] {directory} has no weights: expected model*.safetensors.")
+    names = [name for file in files for name in check_safetensors(file)[0]]
+    held = 1 + max((int(found[1]) for name in names if (found := _LAYER.search(name))), default=-1)
+    sizes = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    stated = config.get("num_hidden_layers", sizes.get("num_hidden_layers"))
+    if stated != held:
+        raise ValueError(f"[load] {directory / 'config.json'} states num_hidden_layers {stated!r}, the weights {held}.")
+    try:
+        return load_model(
+            directory, lazy, model_config={"model_file": None}, get_model_classes=lambda config: (Model, ModelArgs)
+        )
+    except Exception as error:  # of a damaged config mlx-lm's model code raises anything
+        raise ValueError(f"[load] {directory}: {error or type(error).__name__}") from error
+
+
+def load_any_tokenizer(directory: Path, settings: dict[str, Any], config: dict[str, Any]) -> Any:
+    """The tokenizer of a model directory, without trust in code.
+
+    Raises:
+        ValueError: It is damaged; the message names the directory.
+    """
+    try:
+        settings = {**settings, "trust_remote_code": False}
+        return load_tokenizer(directory, settings, eos_token_ids=config.get("eos_token_id"))
+    except Exception as error:  # transformers and tokenizers raise anything
+        raise ValueError(f"[load] the tokenizer in {directory}: {error or type(error).__name__}") from error
+
+
 def load_without_code(
     path_or_hf_repo: str, tokenizer_config: dict[str, Any] | None = None
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
@@ -58,9 +99,5 @@ def load_without_code(
         ValueError: It needs code of its own, or its settings or weights do not fit.
     """
     directory, config = find_model(path_or_hf_repo)
-    settings: dict[str, Any] = {"trust_remote_code": False}
-    if is_flux_config(config):
-        settings |= {"model_config": {"model_file": None}, "get_model_classes": lambda config: (Model, ModelArgs)}
-    model, config = load_model(directory, **settings)
-    tokenizer_config = {**(tokenizer_config or {}), "trust_remote_code": False}
-    return model, load_tokenizer(directory, tokenizer_config, eos_token_ids=config.get("eos_token_id")), config
+    model, config = load_flux(directory, config) if is_flux_config(config) else load_model(directory)
+    return model, load_any_tokenizer(directory, tokenizer_config or {}, config), config

@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from flux_mlx.fingerprint import BLANK, check_stamp, is_stamped, stamp
 from flux_mlx.model_directory import building, is_flux_config, read_config
 from flux_mlx.official import is_official, official_settings, two_logits
 from flux_mlx.spec import FluxConfig, RouterConfig, init_weights
@@ -112,6 +113,8 @@ def read_routers(path: str | Path) -> RouterCheckpoint:
         raise FileNotFoundError(f"[read_routers] no *.safetensors in {path}")
     published = False
     for file in files:
+        if is_stamped(file):
+            check_stamp(file)
         names, metadata = check_safetensors(file)
         published = published or any(".mask_allocator." in name for name in names)
         if _METADATA_KEY in metadata:
@@ -221,4 +224,5 @@ def write_routers(path: str | Path, routers: Routers, flux: FluxConfig, dtype: m
     """
     tensors = {key: value.astype(dtype) for key, value in flatten_routers(routers).items()}
     with building(Path(path)) as part:
-        mx.save_safetensors(str(part), tensors, metadata={_METADATA_KEY: json.dumps(flux.to_dict())})
+        mx.save_safetensors(str(part), tensors, metadata={_METADATA_KEY: json.dumps(flux.to_dict()), **BLANK})
+        stamp(part)

@@ -92,7 +92,7 @@ def test_stock_caches_have_no_fingerprint(tmp_path):
     stock_save(str(path), cache_prompt(MODEL, prompt(20)))
     assert not has_fingerprint(path)
     assert not has_fingerprint(tmp_path / "missing.safetensors")
-    with pytest.raises(ValueError, match="has no fingerprint: expected a cache saved by flux_mlx"):
+    with pytest.raises(ValueError, match="has no fingerprint: expected a file saved by flux_mlx"):
         load_prompt_cache(path, MODEL)
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_metadata(tmp_path / "missing.safetensors")
