@@ -1,0 +1,82 @@
+"""What is fuzzed: a valid file each, a function that reads it, and what counts as a failure."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+
+from flux_mlx import load
+from flux_mlx.cache_files import load_prompt_cache, save_prompt_cache
+from flux_mlx.cache_prompt import cache_prompt
+from flux_mlx.gguf import GGUFFile
+from flux_mlx.gguf_llama import check_tensors, llama_config
+from flux_mlx.weights import read_routers
+from parity_tests.tiny_directories import flux_directory, router_file
+from parity_tests.tiny_gguf import TinyLlama
+from parity_tests.tiny_models import flux_model, prompt
+
+SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32, "head_dim": 16}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One loader.
+
+    Args:
+        name: For the command line.
+        file: A valid file, which mutants replace.
+        read: Reads the file, or the directory that it lies in.
+        stamped: Whether any changed byte must be an error.
+    """
+
+    name: str
+    file: Path
+    read: Callable[[], object]
+    stamped: bool = False
+
+    def failure(self, mutant: bytes, valid: bytes) -> str | None:
+        """Read a mutant; what is wrong with how that went, or None."""
+        self.file.write_bytes(mutant)
+        try:
+            self.read()
+        except (ValueError, OSError) as error:
+            named = self.file.name in str(error) or self.file.parent.name in str(error)
+            return None if named else f"does not name the file: {type(error).__name__}: {error}"
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "loaded silently" if self.stamped and mutant != valid else None
+
+
+def _read_gguf(path: Path) -> None:
+    file = GGUFFile(path)
+    check_tensors(file, llama_config(file))
+
+
+def _directory_part(model: Path, name: str, label: str) -> Target:
+    copy = model.with_name(f"{model.name}-{label}")
+    shutil.copytree(model, copy)
+    return Target(label, copy / name, partial(load, copy))
+
+
+def make_targets(folder: Path) -> list[Target]:
+    """All targets, their valid files in `folder`."""
+    model = flux_directory(folder / "model", **SIZES)
+    small = flux_model(**SIZES)
+    cache = folder / "cache.safetensors"
+    save_prompt_cache(cache, cache_prompt(small, prompt(20)), small)
+    routers = router_file(folder / "routers.safetensors", **SIZES)
+    gguf = TinyLlama().write(folder / "tiny.gguf")
+    mx.clear_cache()
+    return [
+        _directory_part(model, "config.json", "config"),
+        _directory_part(model, "model.safetensors", "weights"),
+        _directory_part(model, "tokenizer_config.json", "tokenizer"),
+        Target("routers", routers, partial(read_routers, routers), stamped=True),
+        Target("cache", cache, partial(load_prompt_cache, cache, small), stamped=True),
+        Target("gguf", gguf, partial(_read_gguf, gguf)),
+    ]

@@ -1,0 +1,110 @@
+"""A long run against the server: FLUX_MLX_SOAK=1000 sends that many requests. Without it, a handful."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from flux_mlx import load
+from flux_mlx.models import set_route
+from parity_tests.server_process import Server, running_server
+from parity_tests.test_server import single_run
+from parity_tests.tiny_directories import flux_directory
+from parity_tests.tolerances import NEAR_TIE
+
+REQUESTS = int(os.environ.get("FLUX_MLX_SOAK", "30"))
+LONG = REQUESTS >= 200
+CONCURRENCY = 8
+WARM_UP = 0.3  # share of the requests after which memory must be flat
+GROWTH = 1.1
+FULL_LAYERS = (0, 2)
+PREFIXES = ["You answer in few words. ", "You are a pirate who has lost his ship, his crew and his parrot. " * 2, ""]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    return flux_directory(tmp_path_factory.mktemp("soak") / "flux")
+
+
+def prompts(count: int) -> list[str]:
+    """Prompts of 20 to 300 tokens with shared prefixes; some come again."""
+    rng, texts = random.Random(0), []
+    for i in range(count):
+        again = texts and rng.random() < 0.2
+        fresh = rng.choice(PREFIXES) + f"{i}: " + "".join(rng.choices("abcdefgh ,.", k=rng.randrange(20, 170)))
+        texts.append(rng.choice(texts) if again else fresh)
+    return texts
+
+
+def memory_kib(server: Server) -> int:
+    """Resident memory of the server."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0])
+
+
+def hang_up(server: Server) -> None:
+    """Ask for a long answer and go away."""
+    body = json.dumps({"prompt": "x" * 50, "max_tokens": 50_000, "logit_bias": {"256": -1e9}}).encode()
+    headers = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall("\r\n".join([*headers, f"Content-Length: {len(body)}", "", ""]).encode() + body)
+        client.settimeout(0.05)
+        with contextlib.suppress(TimeoutError):
+            client.recv(1)
+
+
+def is_near_tie(model, tokens: list[int], ours: list[int], theirs: list[int]) -> bool:
+    """Whether two greedy answers part where the model itself can hardly tell."""
+    at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+    logits = model(mx.array([tokens + ours[:at]]), cache=model.make_cache())[0, -1]
+    best = mx.sort(logits)[-2:]
+    return float(best[1] - best[0]) < NEAR_TIE * max(1.0, float(mx.abs(best[1])))
+
+
+def test_every_answer_is_its_single_run_answer(directory, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLUX_MLX_ROUTE", ",".join(map(str, FULL_LAYERS)))
+    model, tokenizer = load(directory)
+    set_route(model, FULL_LAYERS)
+    texts, memory, near_ties = prompts(REQUESTS), [], 0
+    expected = {text: single_run(model, tokenizer, text, 8) for text in set(texts)}
+    with running_server(directory, tmp_path / "log", "--prompt-cache-bytes", "20MB") as server:
+
+        def one(index: int) -> list[int]:
+            if index % 50 == 7:
+                hang_up(server)
+            if index % max(1, REQUESTS // 20) == 0:
+                memory.append(memory_kib(server))
+            return server.complete(texts[index], max_tokens=8)
+
+        with ThreadPoolExecutor(CONCURRENCY) as pool:
+            answers = list(pool.map(one, range(REQUESTS)))
+        stats = server.stats()
+    for text, answer in zip(texts, answers, strict=True):
+        if answer != expected[text]:
+            assert is_near_tie(model, tokenizer.encode(text), expected[text], answer), text
+            near_ties += 1
+    assert near_ties <= REQUESTS // 100
+    assert stats["failed"] == 0
+    assert stats["prompt_cache"]["bytes"] <= 20e6
+    warm = memory[int(WARM_UP * len(memory)) :]
+    assert not LONG or max(warm[len(warm) // 2 :]) <= GROWTH * max(warm[: len(warm) // 2])
+    print(f"{REQUESTS} requests, {near_ties} near-ties, resident memory {memory[0]} to {memory[-1]} KiB: {memory}")
+
+
+@pytest.mark.skipif(not LONG, reason="part of the long run")
+def test_automatic_routes_equal_their_replay(directory, tmp_path):
+    texts, runs = prompts(max(8, REQUESTS // 20)), []
+    for run in range(2):
+        with running_server(directory, tmp_path / f"log{run}") as server:
+            answers = [server.complete(text, max_tokens=8) for text in texts]
+            runs.append((answers, [entry["routes"] for entry in server.stats()["recent"]]))
+    assert runs[0] == runs[1]
+    assert len(set(runs[0][1])) > 1
