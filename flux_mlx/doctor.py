@@ -77,34 +77,30 @@ def _milliseconds(call: Callable[[], Any]) -> float:
     return round(1e3 * float(np.median(times)), 4)
 
 
-def _tensors(q_tokens: int, kv_tokens: int, dtype: mx.Dtype) -> list[mx.array]:
-    shape = SHAPE if kernels.is_available() else CPU_SHAPE
+def _tensors(q_tokens: int, kv_tokens: int) -> list[mx.array]:
+    shape, dtype = (SHAPE, mx.float16) if kernels.is_available() else (CPU_SHAPE, mx.float32)
     heads = (shape["q_heads"], q_tokens), (shape["kv_heads"], kv_tokens), (shape["kv_heads"], kv_tokens)
     arrays = [mx.random.normal((1, h, n, shape["head_dim"])).astype(dtype) for h, n in heads]
     mx.eval(arrays)
     return arrays
 
 
+def _benchmark_row(operation: str, kv_tokens: int) -> dict[str, Any]:
+    q, k, v = _tensors(kv_tokens if operation == "prefill" else 1, kv_tokens)
+    variant = kernel_policy.variant_of(q, k, PATTERN, None)
+    usable = kernels.is_available() and variant is not None and not kernel_policy.verdict(variant)
+    return {
+        "operation": operation,
+        "kv_tokens": kv_tokens,
+        "full_ms": _milliseconds(lambda: attention.full_attention(q, k, v, impl="ops")),
+        "ops_ms": _milliseconds(lambda: attention.sparse_attention(q, k, v, PATTERN, impl="ops")),
+        "metal_ms": _milliseconds(lambda: kernels.sparse_attention(q, k, v, PATTERN)[0]) if usable else None,
+    }
+
+
 def benchmark(lengths_tokens: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Milliseconds of one attention call, full, sparse by operations and sparse by Metal (None without it)."""
-    rows = []
-    dtype = mx.float16 if kernels.is_available() else mx.float32
-    for operation, length in ((o, n) for o in ("prefill", "decode") for n in lengths_tokens):
-        q, k, v = _tensors(length if operation == "prefill" else 1, length, dtype)
-        variant = kernel_policy.variant_of(q, k, PATTERN, None)
-        usable = kernels.is_available() and variant is not None and not kernel_policy.verdict(variant)
-        rows.append(
-            {
-                "operation": operation,
-                "kv_tokens": length,
-                "full_ms": _milliseconds(lambda: attention.full_attention(q, k, v, impl="ops")),  # noqa: B023
-                "ops_ms": _milliseconds(lambda: attention.sparse_attention(q, k, v, PATTERN, impl="ops")),  # noqa: B023
-                "metal_ms": _milliseconds(lambda: kernels.sparse_attention(q, k, v, PATTERN)[0])  # noqa: B023
-                if usable
-                else None,
-            }
-        )
-    return rows
+    """Milliseconds of one attention call: full, sparse by operations, sparse by Metal (None without it)."""
+    return [_benchmark_row(operation, n) for operation in ("prefill", "decode") for n in lengths_tokens]
 
 
 def choose(rows: list[dict[str, Any]]) -> dict[str, int | None]:

@@ -19,8 +19,8 @@ def _groups(spec: catalog.KernelSpec, x: int, y: int, z: int) -> dict[str, Shape
     return {"grid": (x * spec.threads, y, z), "threadgroup": (spec.threads, 1, 1)}
 
 
-def check_attention(who: str, q: Shape, k: Shape, v: Shape, dtype: str, kv_tokens: int) -> None:
-    """Raise ValueError unless the kernels can compute attention of these shapes.
+def check_attention(who: str, q: Shape, k: Shape, v: Shape, dtype: str, kv_tokens: int | None) -> int:
+    """S, or a ValueError if the kernels cannot compute attention of these shapes.
 
     Args:
         who: Name of the public function, for the message.
@@ -28,7 +28,7 @@ def check_attention(who: str, q: Shape, k: Shape, v: Shape, dtype: str, kv_token
         k: `[B, HKV, capacity, D]`.
         v: As k.
         dtype: Name of the dtype of all three.
-        kv_tokens: S: keys in use, L <= S <= capacity.
+        kv_tokens: Keys in use, from L to capacity; None means all.
     """
     if dtype not in catalog.DTYPES:
         raise ValueError(f"[{who}] expected dtype {' or '.join(catalog.DTYPES)}, got {dtype}.")
@@ -40,10 +40,12 @@ def check_attention(who: str, q: Shape, k: Shape, v: Shape, dtype: str, kv_token
         raise ValueError(f"[{who}] the Metal kernels have head dims {catalog.HEAD_DIMS}, got {q[3]}.")
     if q[1] % k[1]:
         raise ValueError(f"[{who}] k has {k[1]} heads, which does not divide q's {q[1]}.")
+    kv_tokens = k[2] if kv_tokens is None else kv_tokens
     if not q[2] <= kv_tokens <= k[2]:
         raise ValueError(
             f"[{who}] expected L <= kv_tokens <= the keys in the buffer, got {q[2]}, {kv_tokens} and {k[2]}."
         )
+    return kv_tokens
 
 
 def prefill_tile(dtype: str, head_dim: int) -> tuple[int, int]:

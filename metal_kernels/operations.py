@@ -90,9 +90,8 @@ def attention(
     Raises:
         ValueError: Shapes or lengths that do not fit together.
     """
-    kv_tokens = k.shape[2] if kv_tokens is None else kv_tokens
     shape = tuple(q.shape)
-    launches.check_attention("attention", shape, tuple(k.shape), tuple(v.shape), dtype, kv_tokens)
+    kv_tokens = launches.check_attention("attention", shape, tuple(k.shape), tuple(v.shape), dtype, kv_tokens)
     _check_route("attention", route, shape[0])
     if splits is not None and not 1 <= splits <= launches.MAX_SPLITS:
         raise ValueError(f"[attention] expected splits from 1 to {launches.MAX_SPLITS}, got {splits}.")
@@ -130,9 +129,8 @@ def table_attention(
         The others as in `attention`.
     """
     who = "table_attention"
-    kv_tokens = k.shape[2] if kv_tokens is None else kv_tokens
     shape = tuple(q.shape)
-    launches.check_attention(who, shape, tuple(k.shape), tuple(v.shape), dtype, kv_tokens)
+    kv_tokens = launches.check_attention(who, shape, tuple(k.shape), tuple(v.shape), dtype, kv_tokens)
     _check_route(who, route, shape[0])
     rows = check_table_shapes(who, [tuple(part.shape) for part in table], shape, kv_tokens, block_size)
     inputs = [q, k, v, route, *table, block_size, kv_tokens, float(scale)]
@@ -217,8 +215,8 @@ def block_mass(run: Run, q: Array, k: Array, block_size: int, stride: int, *, dt
     Raises:
         ValueError: Shapes that do not fit together, or a stride that does not divide the block size.
     """
-    shape, kv_tokens = tuple(q.shape), k.shape[2]
-    launches.check_attention("block_mass", shape, tuple(k.shape), tuple(k.shape), dtype, kv_tokens)
+    shape = tuple(q.shape)
+    kv_tokens = launches.check_attention("block_mass", shape, tuple(k.shape), tuple(k.shape), dtype, None)
     if stride < 1 or block_size < stride or block_size % stride:
         raise ValueError(f"[block_mass] stride must divide block_size, got {stride} and {block_size}.")
     (mass,) = run(launches.block_mass(shape, kv_tokens, dtype, block_size), [q, k, block_size, stride])

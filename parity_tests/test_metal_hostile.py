@@ -56,29 +56,28 @@ def test_bad_lengths_are_refused(kv_tokens):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("q", "k", "v", "dtype"),
     [
-        {"head_dim": 72},
-        {"group": 2, "kv_heads": 2, "extra_heads": 1},
-        {"dtype": "float64"},
-        {"values_of": (1, 1, 69, 64)},
-        {"empty": True},
+        ((1, 2, 40, 72), (1, 1, 70, 72), (1, 1, 70, 72), mx.float32),
+        ((1, 3, 40, 64), (1, 2, 70, 64), (1, 2, 70, 64), mx.float32),
+        ((1, 2, 40, 64), (1, 1, 70, 64), (1, 1, 69, 64), mx.float32),
+        ((1, 2, 40, 64), (2, 1, 70, 64), (2, 1, 70, 64), mx.float32),
+        ((1, 2, 40, 64), (1, 1, 70, 80), (1, 1, 70, 80), mx.float32),
+        ((1, 2, 0, 64), (1, 1, 70, 64), (1, 1, 70, 64), mx.float32),
+        ((2, 40, 64), (1, 70, 64), (1, 70, 64), mx.float32),
+        ((64,), (64,), (64,), mx.float32),
+        ((1, 2, 40, 64), (1, 1, 70, 64), (1, 1, 70, 64), mx.int32),
     ],
 )
-def test_bad_shapes_are_refused(change):
-    q, k, v = np.zeros((1, 2, 40, 64)), np.zeros((1, 1, 70, 64)), np.zeros((1, 1, 70, 64))
-    if "head_dim" in change:
-        q, k, v = (x[..., :1].repeat(72, -1) for x in (q, k, v))
-    if "extra_heads" in change:
-        q = np.zeros((1, 3, 40, 64))
-        k = v = np.zeros((1, 2, 70, 64))
-    if "values_of" in change:
-        v = np.zeros(change["values_of"])
-    if "empty" in change:
-        q = q[:, :, :0]
-    dtype = mx.int32 if "dtype" in change else mx.float32
+def test_bad_shapes_are_refused(q, k, v, dtype):
     with pytest.raises(ValueError, match="attention"):
-        kernels.full_attention(*(mx.array(x).astype(dtype) for x in (q, k, v)), run=SANITIZED)
+        kernels.full_attention(*(mx.zeros(shape, dtype) for shape in (q, k, v)), run=SANITIZED)
+
+
+def test_mixed_dtypes_are_refused():
+    q, k, v = tensors()
+    with pytest.raises(ValueError, match="share a dtype"):
+        kernels.full_attention(q, k.astype(mx.float16), v, run=SANITIZED)
 
 
 def test_bad_routes_and_rules_are_refused():
