@@ -1,0 +1,241 @@
+"""Every Triton kernel on a real GPU: sampled rows against float64, gradients against eager, repeats bit for bit.
+
+Run on a GPU from the repository root: python -m benchmarks.bench_triton_verify
+With --small every kernel runs once at a small size, for compute-sanitizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.bench_triton_common import write
+from cuda_reference import eager, triton_attention, triton_prefill, triton_xattention, xattention
+from cuda_reference.attention import full_attention, sparse_attention
+from cuda_reference.pattern import block_table, visible
+from flux_mlx.spec import PatternConfig
+
+Mask = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}  # of the relative error of out
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: `run(q, k, v)` gives (out, lse); `mask(q_pos, k_pos)` says what the rows see."""
+
+    name: str
+    q_tokens: int
+    kv_tokens: int
+    head_dim: int
+    run: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    mask: Mask
+    heads: tuple[int, int] = (8, 2)
+    dtype: torch.dtype = torch.bfloat16
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Fresh q, k, v of a fixed seed, the keys in a larger buffer whose end is NaN."""
+        torch.manual_seed(self.q_tokens + self.kv_tokens)
+        q = torch.randn(2, self.heads[0], self.q_tokens, self.head_dim, device="cuda", dtype=self.dtype)
+        room = (2, self.heads[1], self.kv_tokens + 200, self.head_dim)
+        kv = [torch.full(room, torch.nan, device="cuda", dtype=self.dtype) for _ in "kv"]
+        return [q, *(x[:, :, : self.kv_tokens].normal_() for x in kv)]
+
+
+def causal(q_pos: torch.Tensor, k_pos: torch.Tensor) -> torch.Tensor:
+    """Dense attention's mask."""
+    return k_pos <= q_pos
+
+
+def full_case(name: str, q_tokens: int, kv_tokens: int, head_dim: int, **more: object) -> Case:
+    """The public dense call."""
+    return Case(name, q_tokens, kv_tokens, head_dim, _public(full_attention), causal, **more)
+
+
+def _public(function: Callable[..., object], *arguments: object, **options: object) -> Callable[..., object]:
+    return lambda q, k, v: function(q, k, v, *arguments, impl="triton", return_lse=True, **options)
+
+
+def sparse_case(
+    name: str,
+    q_tokens: int,
+    kv_tokens: int,
+    head_dim: int,
+    pattern: PatternConfig,
+    prompt: int | None = None,
+    **more: object,
+) -> Case:
+    """The public sparse call, streaming or triangle."""
+    run = _public(sparse_attention, pattern, prompt_tokens=prompt)
+    return Case(name, q_tokens, kv_tokens, head_dim, run, lambda q, k: visible(pattern, q, k, prompt), **more)
+
+
+def block_case(name: str, q_tokens: int, kv_tokens: int, head_dim: int, block: int, *, fast: bool) -> Case:
+    """Random kept blocks; `fast` allows Hopper's kernel."""
+    first, n = (kv_tokens - q_tokens) // block, -(-kv_tokens // block)
+    generator = torch.Generator(device="cuda").manual_seed(n)
+    kept = torch.rand(2, 8, n - first, n, device="cuda", generator=generator) < 0.3
+    kept |= torch.arange(n, device="cuda") == torch.arange(first, n, device="cuda")[:, None]
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if fast:
+            return triton_attention.block_attention(q, k, v, kept, block, q.shape[3] ** -0.5, diagonal_kept=True)
+        table = block_table(block, kept, q_tokens, kv_tokens)
+        return triton_prefill.block_sparse(q, k, v, q.shape[3] ** -0.5, table)
+
+    def mask(q_pos: torch.Tensor, k_pos: torch.Tensor) -> torch.Tensor:
+        return kept[..., q_pos // block - first, k_pos // block] & (k_pos <= q_pos)
+
+    return Case(name, q_tokens, kv_tokens, head_dim, run, mask)
+
+
+def portable_case(name: str, q_tokens: int, kv_tokens: int, head_dim: int, pattern: PatternConfig) -> Case:
+    """The portable kernel, whatever the GPU."""
+    sizes = (pattern.block_size, pattern.window_blocks, pattern.sink_span)
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return triton_prefill.streaming(q, k, v, q.shape[3] ** -0.5, *sizes)
+
+    return Case(name, q_tokens, kv_tokens, head_dim, run, lambda q, k: visible(pattern, q, k))
+
+
+def cases(small: bool) -> list[Case]:
+    """Both kernels of every kind; lengths that are no whole number of tiles, offsets inside a tile."""
+    default = PatternConfig()
+    near = PatternConfig(sink_tokens=128, window_tokens=256)
+    short = PatternConfig(block_size=64, sink_tokens=64, window_tokens=512)
+    tokens = PatternConfig(block_size=1, sink_tokens=5, window_tokens=77)
+    triangle = PatternConfig(name="triangle", sink_tokens=128, window_tokens=256, last_tokens=100)
+    listed = [
+        full_case("dense", 300, 300, 128),
+        full_case("dense, offset", 333, 700, 128),
+        full_case("dense, float16", 333, 700, 64, dtype=torch.float16),
+        full_case("dense, float32", 150, 200, 64, dtype=torch.float32),
+        full_case("dense, head dim 80", 200, 391, 80),
+        full_case("dense, head dim 96", 200, 391, 96),
+        full_case("dense, head dim 256", 200, 391, 256),
+        sparse_case("streaming", 700, 900, 128, near),
+        sparse_case("streaming, head dim 64", 700, 911, 64, near),
+        sparse_case("streaming, blocks of 64", 700, 900, 64, short),
+        sparse_case("streaming, blocks of 1", 300, 500, 64, tokens),
+        sparse_case("triangle", 700, 911, 128, triangle, prompt=890),
+        portable_case("portable streaming", 700, 911, 128, near),
+        block_case("block-sparse", 700, 911, 128, 128, fast=True),
+        block_case("portable block-sparse", 700, 911, 128, 128, fast=False),
+        block_case("block-sparse, blocks of 48", 200, 291, 64, 48, fast=True),
+        full_case("decode", 1, 1111, 128),
+        full_case("decode of 5", 5, 1111, 128),
+        full_case("decode of 16, 8 heads a group", 16, 700, 64, heads=(8, 1)),
+        sparse_case("streaming decode", 1, 3333, 128, default),
+        sparse_case("streaming decode of 7, blocks of 1", 7, 3333, 64, tokens),
+    ]
+    if small:
+        return listed
+    return [
+        *listed,
+        full_case("dense, long", 8192, 8192, 128, heads=(32, 8)),
+        full_case("dense, long, offset", 5001, 33000, 128),
+        sparse_case("streaming, long", 32768, 32768, 128, default, heads=(32, 8)),
+        sparse_case("streaming, long, offset", 20001, 70003, 128, default),
+        sparse_case("streaming, long, head dim 64", 20001, 70003, 64, default),
+        portable_case("portable streaming, long", 9001, 20003, 128, default),
+        block_case("block-sparse, long", 20001, 30003, 128, 128, fast=True),
+        full_case("decode, long", 1, 131072, 128, heads=(32, 8)),
+        sparse_case("streaming decode, long", 1, 1048576, 128, default),
+    ]
+
+
+def sampled_error(case: Case) -> tuple[float, float]:
+    """(relative error of out, largest error of lse) over 16 rows, the first and last among them, against float64."""
+    q, k, v = case.tensors()
+    out, lse = case.run(q, k, v)
+    if out.isnan().any() or lse.isnan().any():
+        return float("nan"), float("nan")
+    picked = torch.linspace(0, case.q_tokens - 1, min(16, case.q_tokens), device="cuda").long()
+    mask = case.mask(
+        (picked + case.kv_tokens - case.q_tokens)[:, None], torch.arange(case.kv_tokens, device="cuda")[None]
+    )
+    expected, expected_lse = eager.masked_rows(
+        q[:, :, picked].double(), k.double(), v.double(), mask, case.head_dim**-0.5
+    )
+    error = (out[:, :, picked].double() - expected).norm() / expected.norm()
+    return error.item(), (lse[:, :, picked] - expected_lse).abs().max().item()
+
+
+def gradient_error(q_tokens: int, kv_tokens: int, head_dim: int, pattern: PatternConfig | None) -> list[float]:
+    """Relative errors of dq, dk, dv against eager's, which computes in float32 on the same bfloat16 inputs."""
+    tensors = Case("", q_tokens, kv_tokens, head_dim, full_attention, causal).tensors()
+    dout = torch.randn_like(tensors[0])
+    grads = {}
+    for impl in ("triton", "eager"):
+        inputs = [x.to(torch.bfloat16 if impl == "triton" else torch.float32).requires_grad_() for x in tensors]
+        out = full_attention(*inputs, impl=impl) if pattern is None else sparse_attention(*inputs, pattern, impl=impl)
+        grads[impl] = torch.autograd.grad(out, inputs, dout.to(out.dtype))
+    pairs = zip(grads["triton"], grads["eager"], strict=True)
+    return [((a.float() - b).norm() / b.norm()).item() for a, b in pairs]
+
+
+def repeats_equal(case: Case, repeats: int) -> bool:
+    """Whether `repeats` runs give the same bits."""
+    q, k, v = case.tensors()
+    first = case.run(q, k, v)
+    differ = torch.zeros((), dtype=torch.bool, device="cuda")
+    for _ in range(repeats):
+        for a, b in zip(first, case.run(q, k, v), strict=True):
+            differ |= (a.view(torch.uint8) != b.view(torch.uint8)).any()
+    return not differ.item()
+
+
+def selection_error(q_tokens: int, kv_tokens: int, head_dim: int) -> dict[str, object]:
+    """Largest error of the block mass, and the share of blocks chosen otherwise than by Torch operations in float32."""
+    pattern = PatternConfig(name="xattention")
+    q, k, _v = Case("", q_tokens, kv_tokens, head_dim, full_attention, causal).tensors()
+    sizes = (pattern.block_size, pattern.stride)
+    mass, expected = triton_xattention.block_mass(q, k, *sizes), xattention.block_mass(q.float(), k.float(), *sizes)
+    chosen, as_expected = (
+        triton_xattention.select_blocks(q, k, pattern),
+        xattention.select_blocks(q.float(), k.float(), pattern),
+    )
+    error = (mass - expected).abs().max().item()
+    return {"case": "xattention choice", "tokens": [q_tokens, kv_tokens], "head_dim": head_dim, "mass_error": error,
+            "chosen_otherwise": (chosen != as_expected).float().mean().item(), "ok": error < 1e-3}  # fmt: skip
+
+
+def main() -> None:
+    """Run all cases; exit code 1 if one fails."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true", help="small sizes and one run each, for compute-sanitizer")
+    parser.add_argument("--repeats", type=int, default=1000)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    options = parser.parse_args()
+    rows = []
+    for case in cases(options.small):
+        error, lse_error = sampled_error(case)
+        row = {"case": case.name, "tokens": [case.q_tokens, case.kv_tokens], "head_dim": case.head_dim}
+        row |= {"out_error": error, "lse_error": lse_error, "ok": error < LIMITS[case.dtype] and lse_error < 2e-3}
+        if not options.small and case.q_tokens < 8192:
+            row["equal_repeats"] = options.repeats if repeats_equal(case, options.repeats) else 0
+            row["ok"] = row["ok"] and row["equal_repeats"] == options.repeats
+        rows.append(row)
+    near = PatternConfig(sink_tokens=128, window_tokens=256)
+    for sizes, pattern in [
+        ((400, 400, 128), None),
+        ((300, 455, 64), near),
+        ((300, 455, 256), near),
+        ((300, 455, 96), near),
+    ]:
+        errors = gradient_error(*sizes, pattern)
+        rows.append(
+            {"case": "gradients", "tokens": sizes[:2], "head_dim": sizes[2], "errors": errors, "ok": max(errors) < 1e-2}
+        )
+    for sizes in [(500, 900, 128), (700, 700, 64)] + ([] if options.small else [(8192, 16384, 128)]):
+        rows.append(selection_error(*sizes))
+    write(options.out / "bench_triton_verify.json", rows, repeats=options.repeats)
+    raise SystemExit(0 if all(row["ok"] for row in rows) else 1)
+
+
+if __name__ == "__main__":
+    main()
