@@ -131,14 +131,13 @@ def query_kernel(
 
 
 def backward_options(q: torch.Tensor) -> tuple[dict[str, int], dict[str, int]]:
-    """Tile sizes and launch options of (`key_kernel`, `query_kernel`)."""
+    """Tile sizes and launch options of (`key_kernel`, `query_kernel`): the largest that spill no register."""
+    launch = {"num_warps": 8, "num_stages": 2}
     if q.element_size() > 2 or q.shape[3] > 128:
-        options = {"ROWS": 32, "KEYS": 32, "num_warps": 4, "num_stages": 1}
-        return options, options
-    return (
-        {"ROWS": 64, "KEYS": 128, "num_warps": 8, "num_stages": 2},
-        {"ROWS": 128, "KEYS": 64, "num_warps": 8, "num_stages": 2},
-    )
+        return ({"ROWS": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1},) * 2
+    if q.shape[3] > 64:
+        return {"ROWS": 32, "KEYS": 128, **launch}, {"ROWS": 128, "KEYS": 32, **launch}
+    return {"ROWS": 64, "KEYS": 128, **launch}, {"ROWS": 128, "KEYS": 64, **launch}
 
 
 def streaming_backward(

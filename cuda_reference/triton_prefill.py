@@ -179,11 +179,15 @@ def block_kernel(
 
 
 def tile_options(q: torch.Tensor) -> dict[str, int]:
-    """Tile sizes and launch options for q's dtype and head dim; within an A800's 163 KiB of shared memory."""
-    wide = q.shape[3] > 128
+    """Tile sizes and launch options for q's dtype and head dim: the largest that spill no register on an A800."""
+    head_dim = q.shape[3]
     if q.element_size() > 2:
-        return {"ROWS": 32, "KEYS": 32, "num_warps": 4, "num_stages": 1 if wide else 2}
-    return {"ROWS": 128, "KEYS": 32 if wide else 64, "num_warps": 8, "num_stages": 2 if wide else 3}
+        return {"ROWS": 32, "KEYS": 32, "num_warps": 4, "num_stages": 2 if head_dim <= 128 else 1}
+    if head_dim <= 64:
+        return {"ROWS": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3}
+    if head_dim <= 128:
+        return {"ROWS": 128, "KEYS": 32, "num_warps": 8, "num_stages": 4}
+    return {"ROWS": 64, "KEYS": 32, "num_warps": 8, "num_stages": 2}
 
 
 def strides(*tensors: torch.Tensor) -> list[int]:

@@ -15,23 +15,16 @@ import torch
 import triton
 import triton.language as tl
 
-from cuda_reference.triton_prefill import LOG2_E
+from cuda_reference import xattention
+from cuda_reference.triton_prefill import LOG2_E, strides
 from flux_mlx.spec import PatternConfig
 
 
 @triton.jit
 def load_groups(
-    base,
-    first_group,
-    t,
-    stride,
-    start,
-    stop,
-    STRIDE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    base, first_group, t, stride, start, stop,
+    STRIDE: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Token t of each of GROUPS groups, [GROUPS, BLOCK_D]; positions outside [start, stop) count as zeros."""
     position = (first_group + tl.arange(0, GROUPS)) * STRIDE + t
     columns = tl.arange(0, BLOCK_D)
@@ -42,31 +35,10 @@ def load_groups(
 
 @triton.jit
 def mass_kernel(
-    q,
-    k,
-    sums,
-    maxima,
-    mass,
-    q_b,
-    q_h,
-    q_t,
-    k_b,
-    k_h,
-    k_t,
-    L,
-    S,
-    HQ,
-    GROUP,
-    first_tile,
-    row_blocks,
-    key_blocks,
+    q, k, sums, maxima, mass, q_b, q_h, q_t, k_b, k_h, k_t, L, S, HQ, GROUP, first_tile, row_blocks, key_blocks,
     qk_scale,
-    STRIDE: tl.constexpr,
-    PER_BLOCK: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Block mass of TILE query groups, whose first is a whole number of blocks and of tiles."""
     b = tl.program_id(0) // HQ
     h = tl.program_id(0) % HQ
@@ -115,16 +87,9 @@ def mass_kernel(
 
 @triton.jit
 def choose_kernel(
-    mass,
-    kept,
-    row_blocks,
-    key_blocks,
-    first_q_block,
-    threshold,
-    top_k_blocks,
-    BY_COUNT: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    mass, kept, row_blocks, key_blocks, first_q_block, threshold, top_k_blocks,
+    BY_COUNT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """One row: keep n where the mass before n in rank (BY_COUNT: the number of blocks) is under the limit."""
     row = tl.program_id(0).to(tl.int64)
     diagonal = first_q_block + tl.program_id(0) % row_blocks
@@ -143,10 +108,9 @@ def choose_kernel(
             other_n = j + columns
             other = tl.load(mass + other_n, mask=other_n <= diagonal, other=-1.0)
             forced = (other_n == 0) | (other_n == diagonal)
-            larger = (other[:, None] > mine[None, :]) | (
-                (other[:, None] == mine[None, :]) & (other_n[:, None] < n[None, :])
-            )
-            counted = (forced[:, None] | larger) & (other_n <= diagonal)[:, None]
+            tied_before = (other[:, None] == mine[None, :]) & (other_n[:, None] < n[None, :])
+            earlier = forced[:, None] | (other[:, None] > mine[None, :]) | tied_before
+            counted = earlier & (other_n <= diagonal)[:, None]
             before += tl.sum(tl.where(counted, 1.0 if BY_COUNT else other[:, None], 0.0), 0)
         keep = ((before < limit) | (n == 0) | (n == diagonal)) & (n <= diagonal)
         tl.store(kept + n, keep.to(tl.int8), mask=n < key_blocks)
@@ -156,16 +120,19 @@ def mass_options(q: torch.Tensor, per_block: int) -> dict[str, int]:
     """Tile size and launch options of `mass_kernel`; a tile holds whole blocks of `per_block` groups."""
     if q.element_size() > 2:
         return {"TILE": max(per_block, 32), "num_warps": 4, "num_stages": 2}
-    return {"TILE": max(per_block, 128), "num_warps": 8, "num_stages": 3 if q.shape[3] <= 64 else 2}
+    tile, stages = (128, 3) if q.shape[3] <= 128 else (64, 2)
+    return {"TILE": max(per_block, tile), "num_warps": 8, "num_stages": stages}
 
 
 def block_mass(q: torch.Tensor, k: torch.Tensor, block_size: int, stride: int) -> torch.Tensor:
-    """`cuda_reference.xattention.block_mass`, float32 `[B, HQ, M, N]`; block_size / stride must be a power of two.
+    """`cuda_reference.xattention.block_mass`, float32 `[B, HQ, M, N]`, 0 above the diagonal.
 
-    Blocks above the diagonal hold 0.
+    A block of a number of groups that is no power of two goes through Torch operations.
     """
     (B, HQ, L, D), (HKV, S) = q.shape, k.shape[1:3]
     per_block = block_size // stride
+    if per_block & (per_block - 1):
+        return xattention.block_mass(q, k, block_size, stride)
     options = mass_options(q, per_block)
     tile = options["TILE"]
     first_tile = (S - L) // (stride * tile)
@@ -176,27 +143,10 @@ def block_mass(q: torch.Tensor, k: torch.Tensor, block_size: int, stride: int) -
     maxima = torch.empty(B * HQ, row_groups, tiles, dtype=torch.float32, device=q.device)
     mass = torch.zeros(B, HQ, rows, columns, dtype=torch.float32, device=q.device)
     mass_kernel[(B * HQ, tiles - first_tile)](
-        q,
-        k,
-        sums,
-        maxima,
-        mass,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        L,
-        S,
-        HQ,
-        HQ // HKV,
-        first_tile,
-        rows,
-        columns,
-        LOG2_E / (D**0.5 * stride),
-        STRIDE=stride,
-        PER_BLOCK=per_block,
-        D=D,
-        BLOCK_D=triton.next_power_of_2(max(16, D)),
-        **options,
-    )
+        q, k, sums, maxima, mass, *strides(q, k),
+        L, S, HQ, HQ // HKV, first_tile, rows, columns, LOG2_E / (D**0.5 * stride),
+        STRIDE=stride, PER_BLOCK=per_block, D=D, BLOCK_D=triton.next_power_of_2(max(16, D)), **options,
+    )  # fmt: skip
     return mass
 
 
@@ -205,17 +155,9 @@ def choose_blocks(mass: torch.Tensor, first_q_block: int, threshold: float, top_
     kept = torch.empty(mass.shape, dtype=torch.int8, device=mass.device)
     rows, columns = mass.shape[-2:]
     choose_kernel[(mass.numel() // columns,)](
-        mass,
-        kept,
-        rows,
-        columns,
-        first_q_block,
-        threshold,
-        top_k_blocks or 0,
-        BY_COUNT=top_k_blocks is not None,
-        TILE=min(64, max(16, triton.next_power_of_2(columns))),
-        num_warps=4,
-    )
+        mass, kept, rows, columns, first_q_block, threshold, top_k_blocks or 0,
+        BY_COUNT=top_k_blocks is not None, TILE=min(64, max(16, triton.next_power_of_2(columns))), num_warps=8,
+    )  # fmt: skip
     return kept.bool()
 
 

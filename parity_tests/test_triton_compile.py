@@ -29,6 +29,7 @@ POINTERS = {"q", "k", "v", "out", "dout", "dq", "dk", "dv"}  # of the tensors' d
 FLOAT_POINTERS = {"lse", "dlse", "delta", "part_out", "part_lse", "sums", "maxima", "mass"}
 INT_POINTERS = {"partial_counts", "partial_blocks", "full_counts", "full_blocks", "counts", "blocks"}
 FLOATS = {"scale", "qk_scale", "threshold"}
+STRIDE = re.compile(r"d?[qkvo]_[bht]")
 HEAD_DIMS = (64, 80, 128, 256)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -78,8 +79,9 @@ def _compile(kernel, arch: int, options: dict, dtype: str = "bf16"):
     """Compile `kernel`; upper-case keys of `options` are its compile-time arguments, the others launch options."""
     constants = {name: value for name, value in options.items() if name.isupper()}
     signature = {name: "constexpr" if name in constants else _type(name, dtype) for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*"}
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or STRIDE.fullmatch(name)]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}  # what a launch finds in contiguous tensors
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     launch = {name: value for name, value in options.items() if name not in constants}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch)
 
