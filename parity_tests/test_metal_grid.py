@@ -12,7 +12,7 @@ import pytest
 from flux_mlx import kernels, spec
 from flux_mlx.spec import PatternConfig, Route
 from metal_kernels import operations
-from metal_kernels.catalog import DTYPES, HEAD_DIMS
+from metal_kernels.catalog import DTYPES, HEAD_DIMS, KERNELS
 from parity_tests.backends import Arrays, Backend, float32_mass
 from parity_tests.host_shim.backend import metal_backend
 from parity_tests.host_shim.run import SCHEDULES, HostRun, View
@@ -57,6 +57,29 @@ def test_the_grid_is_large_enough():
 def test_attention(name):
     case = GRID[name]
     within_budget(metal_backend(HostRun(SCHEDULES[case.seed % 4], seed=case.seed)), case)
+
+
+def test_every_kernel_of_the_catalog_runs_on_the_host():
+    ran = set()
+
+    def run(launch, inputs):
+        ran.add(launch.spec.name)
+        return HostRun()(launch, inputs)
+
+    q, k, v = (mx.array(x) for x in Case(1, 1, 2, 20, 40, 64, COARSE).tensors())
+    few = q[:, :, :2]
+    table = spec.block_table(16, spec.kept_blocks(COARSE, 20, 40)[None, None], 20, 40)
+    weights = {name: mx.zeros(shape) for name, shape in spec.RouterConfig.parameter_shapes(64).items()}
+    results = [
+        kernels.full_attention(q, k, v, run=run),
+        kernels.table_attention(q, k, v, table, run=run),
+        kernels.sparse_attention(few, k, v, COARSE, run=run),
+        kernels.sparse_attention(few, k, v, COARSE, splits=2, run=run),
+        kernels.route_layer(q.swapaxes(1, 2), weights, 4, run=run),
+        [kernels.block_mass(q, k, PatternConfig(name="xattention", block_size=16, stride=4), run=run)],
+    ]
+    assert ran == set(KERNELS)
+    assert all(not mx.isnan(x).any().item() for result in results for x in result)
 
 
 def by_table(case: Case, splits: tuple[int, int] = (1, 1)) -> Backend:

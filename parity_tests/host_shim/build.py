@@ -74,16 +74,20 @@ def executable(source: str, *, sanitize: bool = False) -> Path:
     return target
 
 
+def may_skip_address_spaces() -> bool:
+    """Whether there is no such clang++, and $FLUX_REQUIRE_CLANG does not ask for one."""
+    return address_space_compiler() is None and not os.environ.get("FLUX_REQUIRE_CLANG")
+
+
 def check_address_spaces(source: str) -> str:
-    """clang's errors for `source` with device, constant and threadgroup as real address spaces; "" if it has none."""
-    command = [
-        address_space_compiler(),
-        "-std=c++17",
-        "-fsyntax-only",
-        "-w",
-        "-DFLUX_ADDRESS_SPACES",
-        f"-I{SHIM}",
-        f"-I{SHIM}/include",
-    ]
+    """clang's errors for `source` with device, constant and threadgroup as real address spaces; "" if it has none.
+
+    Raises:
+        RuntimeError: There is no clang++ 18 or newer.
+    """
+    clang = address_space_compiler()
+    if clang is None:
+        raise RuntimeError("[host_shim] expected clang++ 18 or newer on the PATH (apt-get install clang-19), got none.")
+    command = [clang, *_LANGUAGE, "-fsyntax-only", "-DFLUX_ADDRESS_SPACES"]
     done = subprocess.run([*command, "-x", "c++", "-"], input=source, capture_output=True, text=True)
     return done.stderr if done.returncode else ""
