@@ -126,6 +126,12 @@ def float32_pool(queries: np.ndarray, dtype: str, pool_tokens: int) -> np.ndarra
     return ends.mean(axis=(1, 2), dtype=np.float32)
 
 
+def float32_pool_rows(queries: np.ndarray, dtype: str, pool_tokens: int, lengths: list[int]) -> np.ndarray:
+    """`float32_pool` of the first tokens of each row."""
+    rows = [float32_pool(queries[b : b + 1, :n], dtype, pool_tokens) for b, n in enumerate(lengths)]
+    return np.concatenate(rows)
+
+
 def float32_logits(weights: dict[str, np.ndarray], pooled: np.ndarray) -> np.ndarray:
     """The router's baseline: the network in float32."""
 
@@ -159,6 +165,6 @@ def _choose(mass: np.ndarray, first: int, pattern: PatternConfig) -> np.ndarray:
 NUMPY = masked_backend(
     "numpy",
     spec_mask,
-    router=Router(float32_pool, float32_logits, spec.decide),
+    router=Router(float32_pool, float32_logits, spec.decide, float32_pool_rows),
     blocks=BlockChoice(float32_mass, _choose, lambda q, k, dtype, pattern: spec.select_blocks(q, k, pattern)),
 )

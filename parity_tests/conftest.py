@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from parity_tests.backends import Backend
 from parity_tests.frameworks import backend_table
-from parity_tests.properties import Decisions
+from parity_tests.properties import NEAR_TIES
 
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("quick", max_examples=30, derandomize=True, **COMMON)
 settings.register_profile("deep", max_examples=10_000, print_blob=True, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
-
-NOTE = "near-ties"  # user property under which a test reports decisions that it did not compare
 
 
 def required_backends(device: str) -> list[str]:
@@ -75,17 +72,10 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return record
 
 
-def report_near_ties(record_property: Callable[[str, object], None], decisions: Decisions) -> None:
-    """Note decisions that a test did not compare because they were too close; the run's summary lists them."""
-    if decisions.ties:
-        examples = ", ".join(sorted(set(decisions.ties))[:3])
-        record_property(NOTE, f"{len(decisions.ties)} of {decisions.count} ({examples}, ...)")
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """List the decisions that were too close to compare."""
     reports = [r for group in terminalreporter.stats.values() for r in group if hasattr(r, "user_properties")]
-    notes = [(r.nodeid, value) for r in reports for name, value in r.user_properties if name == NOTE]
+    notes = [(r.nodeid, value) for r in reports for name, value in r.user_properties if name == NEAR_TIES]
     if notes:
         terminalreporter.section("near-ties: decisions too close to compare")
         for test, value in sorted(set(notes)):

@@ -22,6 +22,7 @@ from parity_tests.strategies import Case
 from parity_tests.tolerances import Reference, baseline_attention, round_to, score_slack
 
 Property = Callable[[Backend, Case], None]
+NEAR_TIES = "near-ties"  # the user property under which a test reports decisions that it did not compare
 
 
 def attention_references(case: Case, mask: np.ndarray, score_dtype: str) -> tuple[Reference, Reference]:
@@ -179,6 +180,12 @@ class Decisions:
 
     count: int = 0
     ties: list[str] = field(default_factory=list)
+
+    def report(self, record_property: Callable[[str, object], None]) -> None:
+        """Hand near-ties to pytest's fixture `record_property`; the run's summary lists them."""
+        if self.ties:
+            examples = ", ".join(sorted(set(self.ties))[:3])
+            record_property(NEAR_TIES, f"{len(self.ties)} of {self.count} ({examples})")
 
 
 def for_all(backend: Backend, strategy: SearchStrategy, check: Callable[[Backend, Any], Decisions | None]) -> Decisions:

@@ -18,7 +18,6 @@ from flux_mlx.exact_prefill import prefill
 from flux_mlx.models import routed_layers
 from flux_mlx.spec import FluxConfig, PatternConfig, Route
 from parity_tests import tiny_models
-from parity_tests.conftest import report_near_ties
 from parity_tests.properties import Decisions
 from parity_tests.test_torch_loading import flux_config, write_directory
 from parity_tests.tolerances import NEAR_TIE, network_reference
@@ -117,7 +116,7 @@ def test_prefill(pair, name, tokens, record_property):
     ids = tiny_models.prompt(tokens, seed=tokens)
     mlx_run, torch_run, oracle = run_mlx(pair[0], ids), run_torch(pair[1], ids), oracle_of(pair[1], ids)
     ties = compare_routes(mlx_run, torch_run, oracle)
-    report_near_ties(record_property, Decisions(len(oracle.routes), ties))
+    Decisions(len(oracle.routes), ties).report(record_property)
     if not ties:
         network_reference(oracle.logits, torch_run.logits).check("logits", mlx_run.logits)
 

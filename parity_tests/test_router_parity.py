@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from flux_mlx import spec
 from flux_mlx.spec import Route, RouterConfig
 from parity_tests.backends import NUMPY, Backend
-from parity_tests.conftest import report_near_ties
 from parity_tests.properties import Decisions, for_all
 from parity_tests.tolerances import NEAR_TIE, Reference, network_reference, round_to
 
@@ -104,10 +103,16 @@ def padding_does_not_matter(backend: Backend, case: RouterCase) -> None:
     inside = np.arange(case.tokens) < np.array(lengths)[:, None]
     padded = np.where(inside[:, :, None, None], queries, 99.0)
     actual = backend.router.pool_rows(padded, case.dtype, case.pool_tokens, lengths)
-    rows = [queries[b : b + 1, :n] for b, n in enumerate(lengths)]
-    oracle = np.concatenate([spec.pool_queries(row, case.pool_tokens) for row in rows])
-    baseline = np.concatenate([NUMPY.router.pool_queries(row, case.dtype, case.pool_tokens) for row in rows])
-    Reference(oracle, baseline, "float32").check("pooled rows", actual)
+    oracle = [spec.pool_queries(queries[b : b + 1, :n], case.pool_tokens) for b, n in enumerate(lengths)]
+    baseline = NUMPY.router.pool_rows(queries, case.dtype, case.pool_tokens, lengths)
+    Reference(np.concatenate(oracle), baseline, "float32").check("pooled rows", actual)
+
+
+def ties_are_sparse(backend: Backend, case: RouterCase) -> None:
+    """FULL needs the larger logit, by one ulp at least."""
+    low, high = np.float32(case.seed % 7), np.nextafter(np.float32(case.seed % 7), np.float32(9))
+    decisions = backend.router.decide(np.array([[low, low], [low, high], [high, low], [high, high]]))
+    assert decisions == [Route.SPARSE, Route.FULL, Route.SPARSE, Route.SPARSE]
 
 
 ROUTER_PROPERTIES = {
@@ -118,6 +123,7 @@ ROUTER_PROPERTIES = {
         decisions_are_the_oracle_s,
         tokens_between_the_ends_do_not_matter,
         padding_does_not_matter,
+        ties_are_sparse,
     )
 }
 
@@ -126,11 +132,4 @@ ROUTER_PROPERTIES = {
 def test_router_property(backend, name, record_property):
     if backend.router is None:
         pytest.skip(f"backend {backend.name} has no router of its own")
-    report_near_ties(record_property, for_all(backend, router_cases(backend), ROUTER_PROPERTIES[name]))
-
-
-def test_ties_are_sparse(backend):
-    if backend.router is None:
-        pytest.skip(f"backend {backend.name} has no router of its own")
-    logits = np.float32([[0, 0], [1, 1 + 2**-20], [1 + 2**-20, 1], [-3, 4]])
-    assert backend.router.decide(logits) == [Route.SPARSE, Route.FULL, Route.SPARSE, Route.FULL]
+    for_all(backend, router_cases(backend), ROUTER_PROPERTIES[name]).report(record_property)

@@ -21,7 +21,6 @@ from flux_mlx.loading import load as load_mlx
 from flux_mlx.models import Model, ModelArgs, routed_layers
 from flux_mlx.smollm2 import fetch_gguf
 from flux_mlx.spec import FluxConfig, PatternConfig, Route
-from parity_tests.conftest import report_near_ties
 from parity_tests.properties import Decisions
 from parity_tests.test_torch_loading import write_directory
 from parity_tests.tiny_models import randomise_routers
@@ -80,7 +79,7 @@ def test_same_routes_and_the_same_greedy_tokens(mlx_result, torch_result, record
     each = [np.stack([x[i] for i in layers]) for x in logits]
     network_reference(each[1].astype(np.float64), each[1]).check("route logits", each[0])
     ties = [i for i, margin in enumerate(each[1][:, 1] - each[1][:, 0]) if abs(margin) < NEAR_TIE]
-    report_near_ties(record_property, Decisions(len(layers), [f"layer {i}" for i in ties]))
+    Decisions(len(layers), [f"layer {i}" for i in ties]).report(record_property)
     assert not ties, "choose other random routers: a decision of this test is too close to compare"
     assert routes[0] == routes[1]
     assert set(routes[0].values()) == {Route.FULL, Route.SPARSE}

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from flux_mlx import spec
 from flux_mlx.spec import PatternConfig
 from parity_tests.backends import NUMPY, Backend
-from parity_tests.conftest import report_near_ties
 from parity_tests.properties import Decisions, attend_within_budget, for_all
 from parity_tests.strategies import Case
 from parity_tests.tolerances import NEAR_TIE, Reference, score_slack
@@ -131,4 +130,4 @@ def test_xattention_property(backend, name, record_property):
     if backend.blocks is None:
         pytest.skip(f"backend {backend.name} chooses no blocks of its own")
     drawn = block_cases(backend).filter(backend.supports)
-    report_near_ties(record_property, for_all(backend, drawn, BLOCK_PROPERTIES[name]))
+    for_all(backend, drawn, BLOCK_PROPERTIES[name]).report(record_property)
