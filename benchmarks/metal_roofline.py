@@ -86,7 +86,7 @@ def mass_work(tokens: int, stride: int = 16) -> dict[str, tuple[float, float]]:
     """(operations, bytes) of the block masses: scores stored by operations, computed twice by the kernel."""
     scores = HQ * (tokens / stride) ** 2
     products = 2 * scores * stride * D
-    rows = HQ * tokens / PATTERN.block_size  # threadgroups, each reads the keys of half of the prompt twice
+    rows = HQ * tokens / PATTERN.block_size / catalog.MASS_BLOCKS  # threadgroups: each reads half of the keys twice
     return {
         "operations": (products, 4 * scores * 4),
         "kernel": (products * 2 / 2, rows * tokens * D * ITEM),

@@ -15,6 +15,7 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 QUERY_ROWS = 32  # queries of a prefill threadgroup
 DECODE_QUERIES = 8  # most queries of a decode call
 POOL_SLOTS = 8  # pooled tokens of a router_pool threadgroup
+MASS_BLOCKS = 4  # query blocks of a block_mass threadgroup
 
 
 @cache
@@ -189,7 +190,7 @@ BLOCK_MASS = KernelSpec(
     (_QUERIES, _KEYS, Buffer("block_size", "int32", "scalar"), Buffer("stride", "int32", "scalar")),
     (Buffer("mass", "float32", "[B, HQ, M, N]"),),
     threads=128,
-    grid="(M, HQ, B)",
+    grid="(ceil(M / 4), HQ, B)",
 )
 
 KERNELS = {

@@ -158,8 +158,8 @@ def block_mass(q: Shape, kv_tokens: int, dtype: str, block_size: int) -> Launch:
     return Launch(
         catalog.BLOCK_MASS,
         (("T", dtype),),
-        **_groups(catalog.BLOCK_MASS, rows, heads, batch),
+        **_groups(catalog.BLOCK_MASS, _ceil_div(rows, catalog.MASS_BLOCKS), heads, batch),
         output_shapes=((batch, heads, rows, columns),),
         output_dtypes=("float32",),
-        threadgroup_bytes=4 * 16 * 4,
+        threadgroup_bytes=0,
     )

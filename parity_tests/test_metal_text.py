@@ -70,6 +70,7 @@ def test_catalog_agrees_with_the_specification():
     assert f"kRouteFull = {int(Route.FULL)};" in router
     assert f"kQueryRows = {catalog.QUERY_ROWS};" in (catalog.MSL / "prefill.h").read_text()
     assert f"kPoolSlots = {catalog.POOL_SLOTS};" in router
+    assert f"kMassBlocks = {catalog.MASS_BLOCKS};" in (catalog.MSL / "block_mass.h").read_text()
 
 
 @dataclass(frozen=True)

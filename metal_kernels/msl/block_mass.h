@@ -2,15 +2,15 @@
 // seen through antidiagonals of stride x stride tiles, falls on key block n.
 //
 // q [B, HQ, L, D] and k [B, HKV, S, D] by strides, T float, half or bfloat, D a multiple of 8; block_size a multiple of
-// stride. mass float [B, HQ, M, N]. Grid: (M, HQ, B) threadgroups of 128 threads; 64 floats of threadgroup memory.
+// stride. mass float [B, HQ, M, N]. Grid: (ceil(M / 4), HQ, B) threadgroups of 128 threads; no threadgroup memory.
 //
-// A group is `stride` tokens. A threadgroup owns one query block and takes its groups 8 at a time. The group scores are
+// A group is `stride` tokens. A SIMD-group owns one query block and takes its groups 8 at a time. The group scores are
 // computed twice, for the softmax's maximum and sum and then for the masses: storing them would take (S / stride)^2
-// floats a head. A SIMD-group owns every fourth key block.
+// floats a head. The SIMD-groups of a threadgroup read the same keys at about the same time, through the cache.
 
 namespace flux {
 
-constexpr constant int kMassGroups = 4;
+constexpr constant int kMassBlocks = 4;  // query blocks of a threadgroup
 
 template <typename T>
 struct GroupScorer {
@@ -86,50 +86,34 @@ METAL_FUNC float weigh_block(
   return simd_sum(sum);
 }
 
-// Bring the row's maximum and sum together, over the lanes that share it and over the SIMD-groups.
-METAL_FUNC GroupRow merge_row(GroupRow row, uint simd_index, uint lane, threadgroup float* tile) {
-  const int line = matrix_row(lane);
+// Bring the row's maximum and sum together over the lanes that share it.
+METAL_FUNC GroupRow merge_row(GroupRow row) {
   const float top = row_max(row.top);
-  const float total = row_sum(row.total * fast::exp2(row.top - top));
-  if (matrix_column(lane) == 0) {
-    tile[int(simd_index) * 8 + line] = top;
-    tile[kMassGroups * 8 + int(simd_index) * 8 + line] = total;
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  GroupRow merged = {row.group, kNoScore, 0.0f};
-  for (int g = 0; g < kMassGroups; g++) {
-    merged.top = max(merged.top, tile[g * 8 + line]);
-  }
-  for (int g = 0; g < kMassGroups; g++) {
-    merged.total += tile[kMassGroups * 8 + g * 8 + line] * fast::exp2(tile[g * 8 + line] - merged.top);
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+  const GroupRow merged = {row.group, top, row_sum(row.total * fast::exp2(row.top - top))};
   return merged;
 }
 
 // The masses of query block `row` of the call, mass [N]. groups_per_block = block_size / stride.
 template <typename T>
 METAL_FUNC void block_mass(
-    GroupScorer<T> scorer, int groups_per_block, int row, int key_blocks, uint simd_index, uint lane,
-    threadgroup float* tile, device float* mass) {
+    GroupScorer<T> scorer, int groups_per_block, int row, int key_blocks, uint lane, device float* mass) {
   const int first_group = max(scorer.kv_tokens - scorer.q.tokens, 0) / scorer.stride;
-  const int block = first_group / groups_per_block + row;
   const int groups = (scorer.kv_tokens + scorer.stride - 1) / scorer.stride;
-  for (int n = int(simd_index); n < key_blocks; n += kMassGroups) {
-    if (lane == 0) {
-      mass[n] = 0.0f;
-    }
+  const int block = min(first_group / groups_per_block + row, key_blocks - 1);
+  for (int n = int(lane); n < key_blocks; n += 32) {
+    mass[n] = 0.0f;
   }
+  simdgroup_barrier(mem_flags::mem_device);
   for (int tile_row = 0; tile_row < groups_per_block; tile_row += 8) {
     const int row_group = block * groups_per_block + tile_row;
-    const int own = tile_row + matrix_row(lane);
     GroupRow group_row = {row_group + matrix_row(lane), kNoScore, 0.0f};
-    for (int n = int(simd_index); n <= block; n += kMassGroups) {
+    for (int n = 0; n <= block; n++) {
       take_block(scorer, group_row, row_group, n * groups_per_block, (n + 1) * groups_per_block, lane);
     }
-    group_row = merge_row(group_row, simd_index, lane, tile);
-    const bool counts = own < groups_per_block && group_row.group >= first_group && group_row.group < groups;
-    for (int n = int(simd_index); n <= min(block, key_blocks - 1); n += kMassGroups) {
+    group_row = merge_row(group_row);
+    const bool in_block = tile_row + matrix_row(lane) < groups_per_block;
+    const bool counts = in_block && group_row.group >= first_group && group_row.group < groups;
+    for (int n = 0; n <= block; n++) {
       const float sum = weigh_block(
           scorer, group_row, counts, row_group, n * groups_per_block, (n + 1) * groups_per_block, lane);
       if (lane == 0) {
