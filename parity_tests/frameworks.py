@@ -174,7 +174,7 @@ def triton_backend(device: str) -> Backend:
         head_dims=(64, 80, 96, 128),
         block_sizes=(1, 16, 32),
         strides=(2, 4, 8),
-        share=0.1 if interpreted else 1.0,
+        share=0.02 if interpreted else 1.0,
         nan_fill=torch_nan_fill,
     )
 
