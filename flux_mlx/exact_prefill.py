@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from flux_mlx.cache import CacheList
+from flux_mlx.families import inner_model
 from flux_mlx.models import RoutedAttention
 
 DEFAULT_STEP_TOKENS = 2048
@@ -181,13 +182,13 @@ def _prefill_layer(
     layer, entry, is_last = model.layers[index], cache[index], index == len(model.layers) - 1
     routed = isinstance(entry, CacheList) and isinstance(getattr(layer, "self_attn", None), RoutedAttention)
     if hidden[0] is None:
-        hidden = [_embed(model.model, chunk, cache) for chunk in chunks]
+        hidden = [_embed(inner_model(model), chunk, cache) for chunk in chunks]
     if routed:
         _route_layer(layer, entry, hidden)
         entry.pinned = entry.offset + sum(chunk.shape[1] for chunk in chunks) + 1
     try:
         for i, chunk in enumerate(chunks):
-            out = _run_layer(model.model, index, chunk, hidden[i], cache)
+            out = _run_layer(inner_model(model), index, chunk, hidden[i], cache)
             mx.eval(entry.state, [] if is_last else out)  # of the last layer only keys and values are needed
             hidden[i] = out
             mx.clear_cache()

@@ -71,3 +71,10 @@ def head_dim(attn: nn.Module) -> int:
     if "qkv_proj" in attn:
         return attn.qkv_proj.weight.shape[0] // (attn.n_heads + 2 * attn.n_kv_heads)
     return attn.q_proj.weight.shape[0] // attn.n_heads
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The module whose forward pass runs the layers; in families that also take images it lies deeper."""
+    while "language_model" in model:
+        model = model.language_model
+    return model.model

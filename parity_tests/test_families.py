@@ -9,14 +9,25 @@ import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, make_prompt_cache
-from mlx_lm.utils import quantize_model
+from mlx_lm.utils import _get_classes, quantize_model
 
 from flux_mlx import families, routes
 from flux_mlx.cache import CacheList
 from flux_mlx.exact_prefill import prefill
 from flux_mlx.models import apply, routed_layers, set_route
 from flux_mlx.spec import FluxConfig, Route
-from parity_tests.tiny_models import FAMILIES, PATTERN, ROUTER, flux_model, prompt, randomise_routers, stock_model
+from parity_tests.tiny_models import (
+    FAMILIES,
+    PATTERN,
+    ROUTER,
+    VOCABULARY,
+    flux_model,
+    prompt,
+    randomise,
+    randomise_routers,
+    stock_model,
+    tiny_config,
+)
 from parity_tests.tolerances import NEAR_TIE
 
 TOKENS = 61
@@ -114,6 +125,22 @@ def test_other_families_are_refused_by_name(family):
         model = stock_model(family)
     with pytest.raises(ValueError, match=rf"\[apply\] mlx_lm\.models\.{family} has no layer that can be routed"):
         apply(model, FluxConfig())
+
+
+@pytest.mark.parametrize(("outer", "inner"), [("gemma3", "gemma3_text"), ("qwen3_vl", "qwen3")])
+def test_families_that_also_take_images_are_routed_in_their_text_part(outer, inner):
+    config = {"model_type": outer, "text_config": tiny_config(inner), "vocab_size": VOCABULARY}
+    model_class, args_class = _get_classes(config)
+    stock, model = (randomise(model_class(args_class.from_dict(config))) for _ in range(2))
+    apply(model, FluxConfig(pattern=PATTERN, router=ROUTER))
+    randomise_routers(model)
+    exact, chunked = model.make_cache(), model.make_cache()
+    prefill(model, mx.array(prompt(TOKENS)), exact)
+    model(mx.array([prompt(TOKENS)[:-1]]), cache=chunked)
+    assert routes(exact) == routes(chunked)
+    assert Route.UNSET not in routes(exact)
+    set_route(model, "full")
+    assert mx.array_equal(chunked_logits(model, prompt(TOKENS), 16), chunked_logits(stock, prompt(TOKENS), 16))
 
 
 def test_sliding_layers_of_a_llama_stay_stock():
