@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from flux_mlx import streaming, xattention
+from flux_mlx import kernel_policy, kernels, streaming, xattention
 from flux_mlx.spec import PatternConfig
 
-IMPLS = ("ops",)
+IMPLS = ("ops", "metal")
 
 
 def _check(who: str, q: mx.array, k: mx.array, v: mx.array) -> None:
@@ -40,22 +40,25 @@ def _check_impl(who: str, impl: str | None) -> None:
 def full_attention(
     q: mx.array, k: mx.array, v: mx.array, *, scale: float | None = None, impl: str | None = None
 ) -> mx.array:
-    """Causal attention by MLX's own kernel.
+    """Causal attention.
 
     Args:
         q: `[B, HQ, L, D]`, float.
         k, v: `[B, HKV, S, D]`, the dtype of q; HKV divides HQ, S >= L.
         scale: Multiplier of the scores, D**-0.5 by default.
-        impl: "ops", or None for the default.
+        impl: "ops" (MLX's own kernel, also the default), or "metal" (ours).
 
     Returns:
         `[B, HQ, L, D]`.
 
     Raises:
         ValueError: Shapes, dtypes or `impl` do not fit.
+        RuntimeError: impl="metal" without a Metal device.
     """
     _check("full_attention", q, k, v)
     _check_impl("full_attention", impl)
+    if impl == "metal":
+        return kernels.full_attention(q, k, v, scale=scale)[0]
     return streaming.dense(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
@@ -79,16 +82,20 @@ def sparse_attention(
         pattern: Which keys a query sees.
         prompt_tokens: Length of the whole prompt in exact prefill; None (chunked calls, decode) means streaming.
         scale: Multiplier of the scores, D**-0.5 by default.
-        impl: "ops" (compositions of stock attention calls), or None for the default. Never replaced when named.
+        impl: "ops" (compositions of stock attention calls, the only one with a gradient) or "metal" (our kernels);
+            never replaced when named. None: what `kernel_policy.use_metal` says.
 
     Returns:
         `[B, HQ, L, D]`.
 
     Raises:
         ValueError: Shapes, dtypes or `impl` do not fit.
+        RuntimeError: impl="metal" without a Metal device.
     """
     _check("sparse_attention", q, k, v)
     _check_impl("sparse_attention", impl)
+    if impl == "metal" or (impl is None and kernel_policy.use_metal(q, k, pattern, prompt_tokens)):
+        return kernels.sparse_attention(q, k, v, pattern, prompt_tokens=prompt_tokens, scale=scale)[0]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if prompt_tokens is None or pattern.name == "streaming":
         return streaming.attend(q, k, v, pattern, scale)
