@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +18,10 @@ from mlx_lm.models.cache import save_prompt_cache as stock_save
 from flux_mlx import routes
 from flux_mlx.cache_files import has_fingerprint, load_prompt_cache, model_digest, read_metadata, save_prompt_cache
 from flux_mlx.cache_prompt import cache_prompt
+from flux_mlx.cache_prompt import main as main_cache_prompt
+from flux_mlx.generate import main as main_generate
 from flux_mlx.models import set_route
+from parity_tests.tiny_directories import flux_directory
 from parity_tests.tiny_models import flux_model, prompt, randomise_routers
 
 MODEL = flux_model()
@@ -118,3 +123,35 @@ def test_the_metadata_is_plain_json(file):
     header = file.read_bytes()
     length = int.from_bytes(header[:8], "little")
     assert json.loads(header[8 : 8 + length])["__metadata__"]["0.flux_layers"] == "4"
+
+
+def test_the_commands_save_check_and_go_on(tmp_path, monkeypatch, capsys):
+    directory, other = flux_directory(tmp_path / "flux"), flux_directory(tmp_path / "other", seed=4)
+    saved = tmp_path / "saved.safetensors"
+    text = "The quick brown fox jumps over the lazy dog."
+    main_cache_prompt(["--model", str(directory), "--prompt", text, "--prompt-cache-file", str(saved), "--show-routes"])
+    printed = capsys.readouterr().out
+    assert f"tokens saved in {saved}" in printed
+    assert "routed layers sparse" in printed
+
+    def generate(*flags: str) -> str:
+        command = ["flux_mlx.generate", "--prompt-cache-file", str(saved), "-p", "And?", "-m", "4", *flags]
+        monkeypatch.setattr(sys, "argv", command)
+        main_generate()
+        return capsys.readouterr().out
+
+    assert "Generation: 4 tokens" in generate()
+    with pytest.raises(SystemExit) as refused:
+        generate("--model", str(other))
+    assert refused.value.code == 2
+    assert "was made with" in capsys.readouterr().err
+    shutil.copytree(other, directory, dirs_exist_ok=True)  # another model under the same name
+    with pytest.raises(SystemExit):
+        generate()
+    assert "was made by another model or other routers" in capsys.readouterr().err
+    data = bytearray(saved.read_bytes())
+    data[-9] ^= 1
+    saved.write_bytes(data)
+    with pytest.raises(SystemExit):
+        generate()
+    assert "was changed: expected SHA-256" in capsys.readouterr().err
