@@ -60,10 +60,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_server(model: Path, log: Path, *flags: str) -> Iterator[Server]:
+def running_server(
+    model: Path, log: Path, *flags: str, module: tuple[str, ...] = ("flux_mlx.server",)
+) -> Iterator[Server]:
     """A server of `model`, ended with the block. Its output goes to `log`."""
     port = free_port()
-    command = [sys.executable, "-m", "flux_mlx.server", "--model", str(model), "--port", str(port), *flags]
+    command = [sys.executable, "-m", *module, "--model", str(model), "--port", str(port), *flags]
     with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
         server, deadline = Server(port, process), time.monotonic() + START_S
         try:

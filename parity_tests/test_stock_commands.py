@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import stream_generate
 
 from flux_mlx import describe_routes, load, set_route
+from parity_tests.server_process import running_server
 from parity_tests.tiny_directories import flux_directory
 
 TRUST = "--trust-remote-code"
@@ -97,6 +98,15 @@ def test_chat_reroutes_its_turns(directory):
     output = run("chat", "--model", directory, TRUST, "--max-tokens", "4", text=f"{TEXT}\n{TEXT[:40]}\nq\n")
     assert len(routes_shown(output)) >= 1
     assert output.count("\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}") == 3
+
+
+def test_server(directory, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLUX_MLX_ROUTE", "0,3")
+    model, tokenizer = load(directory)
+    with running_server(directory, tmp_path / "log", TRUST, module=("mlx_lm", "server")) as server:
+        for text in (TEXT, TEXT[:60] + " And then?", TEXT):
+            expected = stream_generate(model, tokenizer, tokenizer.encode(text), max_tokens=12)
+            assert server.complete(text) == [response.token for response in expected]
 
 
 def test_benchmark(directory):
