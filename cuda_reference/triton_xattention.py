@@ -2,8 +2,7 @@
 
 `mass_kernel` is a matrix product over groups, one product for each of the s tokens of a group, with a running softmax:
 the matrix of group scores never exists. It stores the sum of every key block at the maximum of its time, with that
-maximum, and corrects all of them at the end. `choose_kernel` ranks without sorting: a block is kept if the mass of the
-blocks before it in rank is under the threshold.
+maximum, and corrects all of them at the end. `choose_kernel` finds the smallest mass that is kept, without sorting.
 
 Buffers: q [B, HQ, L, D], k [B, HKV, S, D] by strides; scratch float32 sums [B * HQ, groups, key blocks] and maxima
 [B * HQ, groups, tiles]; mass float32 and kept int8 [B * HQ, M, N]. Grids: (B * HQ, row tiles) and (B * HQ * M,).
@@ -88,32 +87,34 @@ def mass_kernel(
 @triton.jit
 def choose_kernel(
     mass, kept, row_blocks, key_blocks, first_q_block, threshold, top_k_blocks,
-    BY_COUNT: tl.constexpr, TILE: tl.constexpr,
+    BY_COUNT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One row: keep n where the mass before n in rank (BY_COUNT: the number of blocks) is under the limit."""
+    """One row: keep n where the mass before n in rank (BY_COUNT: the number of blocks) is under the limit.
+
+    A bisection over the bits of a float finds the cut, the least value whose larger ones together stay under the
+    limit. Larger masses are kept, equal ones from the left until the limit is reached.
+    """
     row = tl.program_id(0).to(tl.int64)
     diagonal = first_q_block + tl.program_id(0) % row_blocks
-    mass += row * key_blocks
-    kept += row * key_blocks
-    columns = tl.arange(0, TILE)
-    total = 0.0
-    for j in range(0, diagonal + 1, TILE):
-        total += tl.sum(tl.load(mass + j + columns, mask=j + columns <= diagonal, other=0.0), 0)
-    limit = top_k_blocks * 1.0 if BY_COUNT else threshold * total
-    for i in range(0, key_blocks, TILE):
-        n = i + columns
-        mine = tl.load(mass + n, mask=n <= diagonal, other=-1.0)
-        before = tl.zeros([TILE], tl.float32)
-        for j in range(0, tl.where(i <= diagonal, diagonal + 1, 0), TILE):
-            other_n = j + columns
-            other = tl.load(mass + other_n, mask=other_n <= diagonal, other=-1.0)
-            forced = (other_n == 0) | (other_n == diagonal)
-            tied_before = (other[:, None] == mine[None, :]) & (other_n[:, None] < n[None, :])
-            earlier = forced[:, None] | (other[:, None] > mine[None, :]) | tied_before
-            counted = earlier & (other_n <= diagonal)[:, None]
-            before += tl.sum(tl.where(counted, 1.0 if BY_COUNT else other[:, None], 0.0), 0)
-        keep = ((before < limit) | (n == 0) | (n == diagonal)) & (n <= diagonal)
-        tl.store(kept + n, keep.to(tl.int8), mask=n < key_blocks)
+    n = tl.arange(0, COLUMNS)
+    mine = tl.load(mass + row * key_blocks + n, mask=n <= diagonal, other=0.0)
+    forced = (n == 0) | (n == diagonal)
+    limit = top_k_blocks * 1.0 if BY_COUNT else threshold * tl.sum(mine, 0)
+    worth = tl.where(n <= diagonal, 1.0, 0.0) if BY_COUNT else mine
+    always = tl.sum(tl.where(forced, worth, 0.0), 0)
+    bits = tl.where((n <= diagonal) & (forced == 0), mine.to(tl.int32, bitcast=True), -1)  # >= 0 orders as floats do
+    low = -1
+    cut = 0x7F800000  # infinity: nothing is larger
+    for _ in range(31):
+        middle = cut - (cut - low) // 2
+        under = always + tl.sum(tl.where(bits > middle, worth, 0.0), 0) < limit
+        low = tl.where(under, low, middle)
+        cut = tl.where(under, middle, cut)
+    larger = bits > cut
+    equal = tl.where(bits == cut, worth, 0.0)
+    before = always + tl.sum(tl.where(larger, worth, 0.0), 0) + tl.cumsum(equal, 0) - equal
+    keep = forced | larger | ((bits == cut) & (before < limit))
+    tl.store(kept + row * key_blocks + n, keep.to(tl.int8), mask=n < key_blocks)
 
 
 def mass_options(q: torch.Tensor, per_block: int) -> dict[str, int]:
@@ -156,7 +157,8 @@ def choose_blocks(mass: torch.Tensor, first_q_block: int, threshold: float, top_
     rows, columns = mass.shape[-2:]
     choose_kernel[(mass.numel() // columns,)](
         mass, kept, rows, columns, first_q_block, threshold, top_k_blocks or 0,
-        BY_COUNT=top_k_blocks is not None, TILE=min(64, max(16, triton.next_power_of_2(columns))), num_warps=8,
+        BY_COUNT=top_k_blocks is not None, COLUMNS=triton.next_power_of_2(columns),
+        num_warps=triton.next_power_of_2(max(1, min(16, columns // 512))),
     )  # fmt: skip
     return kept.bool()
 
