@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -13,7 +14,28 @@ from cuda_reference.data_words import VALUE_KINDS, Form, words
 
 CANDIDATES = 10
 LONGEST_ANSWER_TOKENS = 256
-PLAINEST_SHARE = 0.25
+PLAINEST_SHARE = 0.25  # of the needles: a number in the plainest sentence
+ASKED_BEFORE_SHARE = 0.2  # of the questions: they stand before the text instead of after it
+
+
+@dataclass(frozen=True)
+class Question:
+    """Facts to hide and what is asked about them.
+
+    Args:
+        task, form: Of the sample.
+        facts: Sentences; the first is the one that the depth of the sample is about.
+        question: The question.
+        lead: Beginning of the answer; a value follows after a space.
+        values: Possible answers, the right one first.
+    """
+
+    task: str
+    form: str
+    facts: list[str]
+    question: str
+    lead: str
+    values: list[str]
 
 
 class TaskMaker:
@@ -66,7 +88,9 @@ class TaskMaker:
         form, kind = forms[rng.integers(len(forms))], str(rng.choice(VALUE_KINDS))
         return (forms[0], "digits") if magic or rng.random() < PLAINEST_SHARE else (form, kind)
 
-    def _needle(self, rng, tokens, chat, depth, others, magic=False) -> Sample:  # noqa: ANN001
+    def _needle(
+        self, rng: np.random.Generator, tokens: int, chat: bool, depth: float, others: int, magic: bool = False
+    ) -> Sample:
         """One fact to find; with `others`, facts of the same form about other keys are the wrong candidates."""
         form, kind = self._form(rng, magic)
         values = self.words.values(rng, kind, CANDIDATES)
@@ -74,11 +98,9 @@ class TaskMaker:
         if tokens < 1024 and others:
             keys = keys[:4]
         facts = [form.statement.format(key=key, value=value) for key, value in zip(keys, values, strict=False)]
-        depths = [depth, *rng.random(len(facts) - 1)]
-        task = "multi" if others else "single"
-        return self._ask(
-            rng, tokens, chat, facts, depths, form.question, form.lead, keys[0], values, task, form.statement
-        )
+        question, lead = form.question.format(key=keys[0]), form.lead.format(key=keys[0])
+        asked = Question("multi" if others else "single", form.statement, facts, question, lead, values)
+        return self._ask(rng, tokens, chat, depth, asked)
 
     def _hops(self, rng: np.random.Generator, tokens: int, chat: bool, depth: float) -> Sample:
         """Two facts to join: a box holds a key, the key opens a code; two such chains stand in the text."""
@@ -86,9 +108,10 @@ class TaskMaker:
         boxes, keys = self._keys(rng, 2), self._keys(rng, 2)
         facts = [f"The {box} box holds the {key} key." for box, key in zip(boxes, keys, strict=True)]
         facts += [f"The {key} key opens {value}." for key, value in zip(keys, values, strict=False)]
-        depths = [depth, *rng.random(3)]
-        question, lead = "What does the key in the {key} box open?", "The key in the {key} box opens"
-        return self._ask(rng, tokens, chat, facts, depths, question, lead, boxes[0], values, "multi", "hops")
+        question, lead = (
+            text.format(boxes[0]) for text in ("What does the key in the {} box open?", "The key in the {} box opens")
+        )
+        return self._ask(rng, tokens, chat, depth, Question("multi", "hops", facts, question, lead, values))
 
     def _keys(self, rng: np.random.Generator, count: int) -> list[str]:
         found: dict[str, None] = {}
@@ -96,23 +119,23 @@ class TaskMaker:
             found[self.words.key(rng, self.split)] = None
         return list(found)
 
-    def _ask(self, rng, tokens, chat, facts, depths, question, lead, key, values, task, form) -> Sample:  # noqa: ANN001
-        """Hide `facts` in a filler and ask for the first of `values`."""
-        question, lead = question.format(key=key), lead.format(key=key)
-        pieces = [self.writer.encode("\n" + fact) for fact in facts]
-        candidates = tuple(self.writer.encode(" " + value) for value in values)
-        early = rng.random() < 0.2
-        head = "Answer a question about the following text.\n" + (f"Question: {question}\n" if early else "")
-        tail = "\n\n" + ("Answer the question above." if early else f"Question: {question}")
+    def _ask(self, rng: np.random.Generator, tokens: int, chat: bool, depth: float, asked: Question) -> Sample:
+        """Hide the facts in a filler, the first at `depth`, and ask for the first value."""
+        depths = [depth, *rng.random(len(asked.facts) - 1)]
+        pieces = [self.writer.encode("\n" + fact) for fact in asked.facts]
+        candidates = tuple(self.writer.encode(" " + value) for value in asked.values)
+        early = rng.random() < ASKED_BEFORE_SHARE
+        head = "Answer a question about the following text.\n" + (f"Question: {asked.question}\n" if early else "")
+        tail = "\n\n" + ("Answer the question above." if early else f"Question: {asked.question}")
 
         def body(room: int) -> np.ndarray:
             window, breaks = self._filler(rng, room - sum(map(len, pieces)))
             return insert(window, breaks, pieces, depths)
 
-        lead = lead if chat and self.writer.has_template else f"Answer: {lead}"
+        lead = asked.lead if chat and self.writer.has_template else f"Answer: {asked.lead}"
         prompt = self.writer.prompt(head, body, tail, lead, tokens=tokens - len(candidates[0]), chat=chat)
         whole = np.concatenate([prompt, candidates[0]])
-        return Sample(whole, len(prompt), task, candidates, float(depths[0]), form)
+        return Sample(whole, len(prompt), asked.task, candidates, depth, asked.form)
 
     # Fillers
 
@@ -149,29 +172,22 @@ class TaskMaker:
     # Everything else
 
     def _text(self, rng: np.random.Generator, tokens: int, chat: bool, corpus: Corpus, task: str, ask: str) -> Sample:
-        """Text that goes on: the prompt is cut at a random point, the answer is what follows."""
+        """Text that goes on: the prompt is cut at a random point, the answer is what follows.
+
+        In the chat form the user gives the text, and the assistant's turn goes on with it.
+        """
+        chat = chat and self.writer.has_template
         most = min(LONGEST_ANSWER_TOKENS, tokens // 3)
         answer = int(rng.integers(most // 2, most + 1))
-        texts: list[np.ndarray] = []
+        text = np.zeros(0, np.int32)
 
         def body(room: int) -> np.ndarray:
-            texts.append(corpus.window(rng, room + answer)[0])
-            return texts[0][:room]
+            nonlocal text
+            text = corpus.window(rng, room + answer)[0]
+            return text[:room]
 
-        if chat and self.writer.has_template:
-            prompt = self._continued(rng, corpus, tokens - answer, answer, ask, texts)
-        else:
-            prompt = self.writer.prompt("", body, "", "", tokens=tokens - answer, chat=False)
-        return Sample(np.concatenate([prompt, texts[0][-answer:]]), len(prompt), task)
-
-    def _continued(self, rng, corpus, tokens, answer, ask, texts) -> np.ndarray:  # noqa: ANN001
-        """The chat form of `_text`: the user gives the text, the assistant's turn goes on with it."""
-
-        def body(room: int) -> np.ndarray:
-            texts.append(corpus.window(rng, room + answer)[0])
-            return texts[0][:room]
-
-        return self.writer.prompt(ask, body, "", "", tokens=tokens, chat=True)
+        prompt = self.writer.prompt(ask if chat else "", body, "", "", tokens=tokens - answer, chat=chat)
+        return Sample(np.concatenate([prompt, text[-answer:]]), len(prompt), task)
 
     def _code(self, rng: np.random.Generator, tokens: int, chat: bool) -> Sample:
         return self._text(rng, tokens, chat, self.code, "code", "Continue this code.\n")
@@ -195,12 +211,12 @@ class TaskMaker:
             window, breaks = self._filler(rng, room - sum(map(len, pieces)))
             return insert(window, breaks, pieces, rng.random(count))
 
-        tail = f"\n\nOf which kind were most of the things seen: {', '.join(sorted(names))}?"
+        tail = f"\n\nQuestion: Which kind of thing was seen most often: {', '.join(sorted(names))}?"
         prompt = self.writer.prompt(
             "Read the text and count what was seen.\n",
             body,
             tail,
-            "Most were of the kind",
+            "Answer:",
             tokens=tokens - len(candidates[0]),
             chat=chat,
         )

@@ -94,7 +94,10 @@ def summary(samples: Sequence[Sample], scores: Sequence[Score], base: Sequence[S
         difference = right - base_right
         half = 1.96 * difference.std() / math.sqrt(len(right))
         found |= {"accuracy": float(right.mean()), "accuracy_diff": float(difference.mean())}
-        found |= {"accuracy_diff_low": float(difference.mean() - half), "accuracy_diff_high": float(difference.mean() + half)}
+        found |= {
+            "accuracy_diff_low": float(difference.mean() - half),
+            "accuracy_diff_high": float(difference.mean() + half),
+        }
     return found
 
 
@@ -187,9 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     layers = len(model.backbone.get_decoder().layers)
     policies = {text: policy_of(text, layers) for text in args.policies if text != "full"}
     cells = default_cells(args.lengths)
-    results = evaluate(
-        model, makers, cells, policies, args.samples, row_tokens=args.row_tokens, seconds=args.seconds
-    )
+    results = evaluate(model, makers, cells, policies, args.samples, row_tokens=args.row_tokens, seconds=args.seconds)
     results["settings"] = {k: str(v) for k, v in vars(args).items()} | {"cells": [asdict(c) for c in cells]}
     args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

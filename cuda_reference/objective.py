@@ -30,7 +30,7 @@ def gumbel_route(logits: torch.Tensor, noise: torch.Tensor | None, tau: float, *
         noise: `[...]`, from `logistic_noise`: of two Gumbel draws only the difference matters. None: the decision of
             inference.
         tau: Temperature, positive.
-        hard: Straight-through: exactly 0 or 1 forward, the gradient of the soft value backward. False: the soft mixture.
+        hard: Straight-through: exactly 0 or 1 forward, the soft value's gradient backward. False: the soft mixture.
 
     Returns:
         `[...]` of the logits' dtype.

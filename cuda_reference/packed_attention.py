@@ -96,7 +96,9 @@ class PackedAttention:
 
         return allowed
 
-    def _by_rows(self, q, k, v, allowed, scale) -> torch.Tensor:  # noqa: ANN001
+    def _by_rows(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: Callable[..., torch.Tensor], scale: float
+    ) -> torch.Tensor:
         """The plain form: each sample's rows over its own keys."""
         parts = []
         heads = torch.arange(q.shape[1], device=q.device)[:, None, None]
@@ -132,7 +134,7 @@ class PackedAttention:
         """Rows of the full table for samples routed full, of the sparse table for the others."""
         chosen = full[None, :, self._tile_sample]  # [1, G, M]
         tables = [
-            torch.where(chosen if dense.dim() == 3 else chosen[..., None], dense, sparse)
+            torch.where(chosen if dense.dim() == 3 else chosen[..., None], dense, sparse).contiguous()
             for dense, sparse in zip(self._dense, self._streaming, strict=True)
         ]
         return BlockMask((self._rows, self._rows), *tables, BLOCK_SIZE=(TILE, TILE), mask_mod=allowed)
@@ -142,12 +144,12 @@ class _RouteGradient(torch.autograd.Function):
     """The chosen branch's output; backward, z's gradient is <d out, FA - SA>, summed over its sample's rows."""
 
     @staticmethod
-    def forward(ctx, chosen, difference, z, sample):  # noqa: ANN001, ANN205
+    def forward(ctx, chosen, difference, z, sample):
         ctx.save_for_backward(difference, z, sample)
         return chosen.view_as(chosen)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
+    def backward(ctx, grad):
         difference, z, sample = ctx.saved_tensors
         by_row = (grad.float() * difference.float()).sum((0, 3))  # [HQ, T]
         by_row = by_row if z.shape[0] > 1 else by_row.sum(0, keepdim=True)
@@ -160,7 +162,7 @@ def _ordered(kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """bool [M, N] to (counts [1, 1, M], kept columns first [1, 1, M, N]), int32."""
     counts = kept.sum(-1, dtype=torch.int32)
     order = kept.int().argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-    return counts[None, None], order[None, None]
+    return counts.contiguous()[None, None], order.contiguous()[None, None]
 
 
 def _pack_tables(some: torch.Tensor, whole: torch.Tensor) -> Tables:

@@ -1,4 +1,4 @@
-"""A frozen transformers model whose layers carry routers, run over packed rows: the model that is trained and evaluated.
+"""A frozen transformers model with routers, run over packed rows: the model that is trained and evaluated.
 
 The routers are submodules `self_attn.router` of the attention modules, so that their names in the state dict are those
 of a Flux model directory. A `Routing` travels with the call, as a keyword, to every layer.
@@ -33,6 +33,7 @@ class Routing:
         hard: Straight-through routes; False mixes both branches.
         by_head: One decision for each head instead of one for each layer.
         forced: bool `[model layers, N]`, True is full: routes that replace the routers' own. None: the routers decide.
+        pooled: Layer to pooled queries `[G * N, D]`, filled in by the call if a dict is given.
         logits: Layer to route logits `[N, 2]` (by head `[HQ * N, 2]`), filled in by the call.
         z: Layer to weights of full attention `[G, N]`, filled in by the call.
     """
@@ -44,6 +45,7 @@ class Routing:
     hard: bool = True
     by_head: bool = False
     forced: torch.Tensor | None = None
+    pooled: dict[int, torch.Tensor] | None = None
     logits: dict[int, torch.Tensor] = field(default_factory=dict)
     z: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -68,11 +70,13 @@ def _pool(queries: torch.Tensor, pack: Pack, by_head: bool) -> torch.Tensor:
     return pooled.flatten(0, 1)
 
 
-def _routed_attention(module, query, key, value, attention_mask, scaling, flux: Routing, **kwargs):  # noqa: ANN001, ANN202
+def _routed_attention(module, query, key, value, attention_mask, scaling, flux: Routing, **kwargs):
     """transformers' attention interface: `[1, H, T, D]` in, `[1, T, HQ, D]` out. Layers without a router are full."""
     layer, queries = module.layer_idx, module.__dict__.pop("flux_queries", None)
     if not hasattr(module, "router"):
         return flux.attention(query, key, value, flux.all_full(), scaling).transpose(1, 2).contiguous(), None
+    if flux.pooled is not None:
+        flux.pooled[layer] = _pool(queries, flux.pack, flux.by_head)
     if flux.forced is not None:
         z = flux.forced[layer][None].float()
         out = flux.attention(query, key, value, z > 0.5, scaling)

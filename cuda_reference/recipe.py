@@ -1,4 +1,4 @@
-"""Recipes: everything that training depends on, read from a TOML file; command-line overrides are `section.name=value`."""
+"""Recipes: everything that training depends on, read from a TOML file; overrides are `section.name=value`."""
 
 from __future__ import annotations
 
@@ -66,6 +66,8 @@ class Recipe:
         targets: Task to target Omega.
         hard: Straight-through routes; False trains the soft mixture.
         by_head: Routes for heads instead of layers (a baseline; such routers cannot be shipped).
+        calibration_rows: Rows of training data whose pooled queries set the routers' start (`calibration`); 0 keeps
+            PyTorch's usual start.
         gradient_checkpointing: Recompute layers in the backward pass.
         pattern, router, schedules, data, optimiser: See the classes.
     """
@@ -74,6 +76,7 @@ class Recipe:
     targets: Mapping[str, float] = field(default_factory=dict)
     hard: bool = True
     by_head: bool = False
+    calibration_rows: int = 0
     gradient_checkpointing: bool = False
     pattern: PatternConfig = field(default_factory=PatternConfig)
     router: RouterConfig = field(default_factory=RouterConfig)

@@ -53,7 +53,9 @@ def rows_of(samples: Sequence[Sample], row_tokens: int) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def score(model: PackedModel, samples: Sequence[Sample], policy: Policy = "auto", row_tokens: int = 65536) -> list[Score]:
+def score(
+    model: PackedModel, samples: Sequence[Sample], policy: Policy = "auto", row_tokens: int = 65536
+) -> list[Score]:
     """Score samples, in their order.
 
     Args:

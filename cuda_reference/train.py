@@ -1,7 +1,7 @@
 """`flux_mlx.train`: train the routers of a frozen causal LM. One process, or many through torchrun.
 
-    flux_mlx.train --recipe smollm2 --model DIRECTORY --out RUN
-    torchrun --nproc-per-node 8 -m cuda_reference.train --recipe published --model DIRECTORY --out RUN --spread fsdp
+flux_mlx.train --recipe smollm2 --model DIRECTORY --out RUN
+torchrun --nproc-per-node 8 -m cuda_reference.train --recipe published --model DIRECTORY --out RUN --spread fsdp
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import distributed as dist
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cuda_reference.calibration import calibrate_model
 from cuda_reference.checkpoints import flux_config, load_checkpoint, save_checkpoint, save_routers
 from cuda_reference.data import stream, training_rows
 from cuda_reference.packed_model import PackedModel
@@ -77,7 +78,7 @@ class Log:
     def __init__(self, path: Path, tasks: Sequence[str], step: int):
         self.tasks = tasks
         parts = [f"{name}_{task}" for name in ("nll", "omega", "lambda1", "lambda2") for task in tasks]
-        self.columns = ["step", "seconds", "loss", "tau", "lr", "grad_norm", *parts]
+        self.columns = ["step", "seconds", "wait_s", "loss", "tau", "lr", "grad_norm", *parts]
         kept = []
         if path.is_file() and step:
             with open(path, newline="") as file:
@@ -91,7 +92,7 @@ class Log:
         """Write one step; returns its row."""
         nll, omega, counts = record["by_task"].tolist()
         row: dict[str, Any] = {"step": step, "seconds": round(seconds, 2), "tau": record["tau"], "lr": record["lr"]}
-        row |= {name: float(record[name]) for name in ("loss", "grad_norm")}
+        row |= {name: float(record[name]) for name in ("loss", "grad_norm", "wait_s")}
         for i, task in enumerate(self.tasks):
             if counts[i]:
                 row |= {f"nll_{task}": nll[i] / counts[i], f"omega_{task}": omega[i] / counts[i]}
@@ -116,16 +117,19 @@ def _show(bar: tqdm, row: dict[str, float], tasks: Sequence[str]) -> None:
 def train(args: argparse.Namespace, recipe: Recipe, world: World) -> Trainer:
     """Run the recipe to its end, or until `args.stop_after` seconds have passed."""
     start = time.monotonic()
+    micro, steps = recipe.data.micro_steps, recipe.optimiser.steps
+    last = steps * micro  # rows of this process
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     rows = training_rows(recipe, tokenizer, world.rank, world.ranks, args.workers)
     model = load_model(args.model, recipe, world.device, compiled=args.compile)
-    trainer = Trainer(model, recipe, world, args.spread, next(model.backbone.parameters()).dtype)
     found = load_checkpoint(args.out)
+    if recipe.calibration_rows and not found:
+        calibrate_model(model, stream(rows, range(last, last + recipe.calibration_rows)), recipe.calibration_rows)
+    trainer = Trainer(model, recipe, world, args.spread, next(model.backbone.parameters()).dtype)
     if found:
         trainer.load(*found)
     args.out.mkdir(parents=True, exist_ok=True)
-    micro, steps = recipe.data.micro_steps, recipe.optimiser.steps
-    packs = stream(rows, range(trainer.step * micro, steps * micro), args.workers, pin=world.device.type == "cuda")
+    packs = stream(rows, range(trainer.step * micro, last), args.workers, pin=world.device.type == "cuda")
     log = Log(args.out / LOG_NAME, recipe.tasks, trainer.step) if world.leads else None
     with tqdm(total=steps, initial=trainer.step, disable=not world.leads, mininterval=1.0) as bar:
         while trainer.step < steps:

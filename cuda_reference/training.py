@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -132,9 +133,11 @@ class Trainer:
         recipe = self.recipe
         progress = self.step / recipe.optimiser.steps
         tau, micro_steps = recipe.schedules.tau(progress), recipe.data.micro_steps
-        total, by_task = 0.0, 0.0
+        total, by_task, waited = 0.0, 0.0, 0.0
         for micro in range(micro_steps):
+            asked = time.monotonic()
             pack = next(packs).to(self.world.device)
+            waited += time.monotonic() - asked
             noise = self._noise(pack, micro) * recipe.schedules.noise(progress)
             with self._sync(micro == micro_steps - 1):
                 loss, parts = self.loss(pack, noise, tau, recipe.hard)
@@ -147,7 +150,7 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         self.penalty.keep_positive()
         self.step += 1
-        return self._record(total, by_task, norm) | {"tau": tau, "lr": rate}
+        return self._record(total, by_task, norm) | {"tau": tau, "lr": rate, "wait_s": waited}
 
     def _sync(self, last: bool) -> Any:
         """Exchange gradients in the last micro-step only."""

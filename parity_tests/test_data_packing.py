@@ -126,7 +126,7 @@ def test_file_rows_hold_every_sample_once_a_pass(recipe):
     rows = FileRows(samples, recipe)
     a_pass = len(rows._rows(0))
     seen = [p.lengths.tolist() for p in (rows[i] for i in range(a_pass))]
-    assert sorted(sum(seen, [])) == sorted(len(s.tokens) for s in samples)
+    assert sorted(tokens for row in seen for tokens in row) == sorted(len(s.tokens) for s in samples)
     assert [p.lengths.tolist() for p in (rows[i] for i in range(a_pass, a_pass + 1))] != seen[:1]
     with pytest.raises(ValueError, match="at most 16384"):
         FileRows(made([17000]), recipe)

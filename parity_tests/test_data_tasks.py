@@ -48,7 +48,10 @@ def test_samples_are_the_same_every_time_and_differ_by_index_and_split(makers, t
 def test_the_fact_stands_in_the_prompt_and_candidates_differ(makers, task):
     for index in range(12):
         sample = makers["train"].sample(task, index, TOKENS)
-        prompt, answer = text(makers["train"], sample.tokens[: sample.prompt_tokens]), text(makers["train"], sample.answer)
+        prompt, answer = (
+            text(makers["train"], sample.tokens[: sample.prompt_tokens]),
+            text(makers["train"], sample.answer),
+        )
         candidates = [text(makers["train"], c) for c in sample.candidates]
         assert candidates[0] == answer
         assert len(set(candidates)) == CANDIDATES

@@ -94,7 +94,10 @@ def test_tile_tables_bound_the_mask(pattern):
 def test_tables_by_key_are_the_transpose():
     kept = torch.rand(5, 5, generator=torch.Generator().manual_seed(0)) > 0.5
     tables = _pack_tables(kept, kept & torch.eye(5, dtype=torch.bool))
-    assert all(torch.equal(a, b) for a, b in zip(tables[4:], _pack_tables(kept.T, kept.T & torch.eye(5, dtype=torch.bool))[:4], strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(tables[4:], _pack_tables(kept.T, kept.T & torch.eye(5, dtype=torch.bool))[:4], strict=True)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,26 @@ TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
-WORDS = "the of and a in is it for on was as with be by at this are from or one had not but what all were when we there".split()
+WORDS = (
+    "the",
+    "of",
+    "and",
+    "a",
+    "in",
+    "is",
+    "it",
+    "for",
+    "on",
+    "was",
+    "as",
+    "with",
+    "be",
+    "by",
+    "at",
+    "this",
+    "are",
+    "from",
+)
 
 
 def byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
