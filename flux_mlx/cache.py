@@ -311,11 +311,11 @@ def routes(cache: list[object]) -> list[Route | list[Route] | None]:
     return found
 
 
-def describe_routes(cache: list[object]) -> str:
-    """One line for people: the full layers, the number of sparse ones, and those not routed, of the first row."""
-    first = [route[0] if isinstance(route, list) else route for route in routes(cache)]
-    full = [str(i) for i, route in enumerate(first) if route in (Route.FULL, Route.UNSET)]
-    sparse = [str(i) for i, route in enumerate(first) if route == Route.SPARSE]
+def describe_routes(cache: list[object], row: int = 0) -> str:
+    """One line for people: how many layers of a row are sparse, and which are full and which sparse."""
+    taken = [route[row] if isinstance(route, list) else route for route in routes(cache)]
+    full = [str(i) for i, route in enumerate(taken) if route in (Route.FULL, Route.UNSET)]
+    sparse = [str(i) for i, route in enumerate(taken) if route == Route.SPARSE]
     routed = len(full) + len(sparse)
     words = f"{len(sparse)} of {routed} routed layers sparse; full: {','.join(full) or 'none'}"
     return f"{words}; sparse: {','.join(sparse) or 'none'}"

@@ -211,11 +211,18 @@ def _checked_call(stock: type) -> Any:
             CacheList.adopt(entry)
         before = taken_routes(cache) if self.flux_show else None
         out = stock.__call__(self, *args, **kwargs)
-        if self.flux_show and taken_routes(cache) != before:
-            print(f"flux: {describe_routes(cache)}", file=sys.stderr)
+        if self.flux_show and (after := taken_routes(cache)) != before:
+            _show(cache, max(len(route) if isinstance(route, list) else 1 for route in after))
         return out
 
     return call
+
+
+def _show(cache: list[Any], rows: int) -> None:
+    """Print the routes of every row to stderr."""
+    for row in range(rows):
+        name = f"row {row}: " if rows > 1 else ""
+        print(f"flux: {name}{describe_routes(cache, row)}", file=sys.stderr)
 
 
 def _shard(stock: type) -> Any:
