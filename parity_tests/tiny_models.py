@@ -20,7 +20,7 @@ ROUTER = RouterConfig(pool_tokens=12)
 _COMMON = {
     "hidden_size": 64,
     "num_hidden_layers": 4,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
@@ -77,7 +77,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **_GRANITE,
         "layer_types": ["mamba", "attention", "mamba", "attention"],
         "position_embedding_type": "nope",
-        "shared_intermediate_size": 96,
+        "shared_intermediate_size": 128,
         "mamba_n_heads": 4,
         "mamba_d_head": 32,
         "mamba_proj_bias": False,
