@@ -85,7 +85,8 @@ class PackedAttention:
 
     def _allowed(self, full: torch.Tensor) -> Callable[..., torch.Tensor]:
         """The mask over row indices, in FlexAttention's form; `full` is bool `[G, T]`."""
-        pattern, sample, positions, branch = self.pattern, self._sample, self._positions, self._branch
+        pattern = self.pattern
+        sample, positions, branch = (x.int() for x in (self._sample, self._positions, self._branch))
 
         by_head = full.shape[0] > 1
 

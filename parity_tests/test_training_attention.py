@@ -158,3 +158,17 @@ def test_only_routers_have_gradients(model):
     assert trained == set(model.routers())
     assert all(p.grad.isfinite().all() for p in model.routers().values())
     model.zero_grad()
+
+
+def test_heads_are_routed_one_by_one_as_a_baseline():
+    torch.manual_seed(0)
+    by_head = PackedModel(tiny_model(), CONFIG, by_head=True)
+    packed = pack(made([150, 333]), TASKS, 10, 5 * TILE)
+    noise = torch.randn(2, HQ * 2, generator=torch.Generator().manual_seed(0))
+    logits, flux = by_head(packed, noise=noise)
+    assert flux.full_layers().shape == (2, HQ, 2)
+    shares = flux.full_layers().float().mean((0, 1))
+    assert torch.allclose(flux.omega(), 1 - shares)
+    assert 0 < float(shares.min()) < 1
+    logits.logsumexp(-1).mean().backward()
+    assert by_head.routers()["model.layers.0.self_attn.router.head.4.weight"].grad.abs().max() > 0
