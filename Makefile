@@ -11,7 +11,7 @@ demo: $(VENV)/demo.stamp
 	$(RUN)/python examples/demo.py
 
 test: $(VENV)/test.stamp lint
-	$(RUN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .
@@ -19,7 +19,10 @@ lint: $(VENV)/test.stamp
 	$(VENV)/bin/lint-imports
 
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "$(PYTHON) must be Python 3.11 or newer with venv (Debian: apt-get install python3-venv);" \
+	        "name another with make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/demo.stamp: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install -q -e .

@@ -6,6 +6,7 @@ Run by `make demo`. The first run downloads the model (93 MB) and converts it; l
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shlex
 import subprocess
@@ -45,10 +46,12 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("models"), help="where to keep the model")
     parser.add_argument("--max-tokens", type=int, default=48, help="tokens to generate")
     args = parser.parse_args()
-    directory = args.models / "smollm2-135m-flux"
+    settings = flux_settings()
+    kind = hashlib.sha256(" ".join(settings).encode()).hexdigest()[:8]  # other settings make another directory
+    directory = args.models / f"smollm2-135m-flux-{kind}"
     if not directory.is_dir():
         gguf = fetch_gguf(args.models / "download")
-        run("flux_mlx.convert", "--gguf", str(gguf), "--mlx-path", str(directory), *flux_settings())
+        run("flux_mlx.convert", "--gguf", str(gguf), "--mlx-path", str(directory), *settings)
     document = DOCUMENT.read_text(encoding="utf-8")
     prompt = f"{document}\n\n{QUESTION}"
     print(f"\n{DOCUMENT.name}, {len(document.split())} words. {QUESTION}\n")

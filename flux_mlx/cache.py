@@ -95,6 +95,18 @@ class CacheList(StockCacheList):
             self._rewind()
         return n
 
+    def snapshot(self) -> tuple[int, list[mx.array]]:
+        """What `restore` needs, to come back here after more tokens of one row."""
+        self._flush()
+        return self.offset, list(self.caches[1].cache)
+
+    def restore(self, snapshot: tuple[int, list[mx.array]]) -> None:
+        """Come back to `snapshot`: later tokens are dropped, the router's state and the route are those of then."""
+        offset, arrays = snapshot
+        self.kv.trim(self.offset - offset)
+        self.caches[1].cache = list(arrays)
+        self._host, self._dirty, self.pinned = None, False, None
+
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> CacheList:
         """The same cache with quantised keys and values; a KV cache that cannot be quantised stays as it is."""
         if not hasattr(self.kv, "to_quantized"):
@@ -204,6 +216,12 @@ class CacheList(StockCacheList):
             return [tokens] * len(self.counters)
         return [max(0, min(tokens, left)) for left in lengths.tolist()]
 
+    def resume(self, routes: list[Route]) -> None:
+        """After a cut within a conversation: the next turn starts from these routes, as if there had been no cut."""
+        self.set_routes(routes)
+        self.counters[:, Counter.BOUND] = [route != Route.UNSET for route in routes]
+        self._dirty = True
+
     def skip(self, lengths: list[int]) -> None:
         """Note a call of `lengths` tokens a row, for the rows where they are too few to be pooled (0: none)."""
         counters = self.counters
@@ -309,6 +327,11 @@ def routes(cache: list[object]) -> list[Route | list[Route] | None]:
         taken = entry.routes if isinstance(entry, CacheList) else None
         found.append(taken[0] if taken is not None and len(taken) == 1 else taken)
     return found
+
+
+def tokens_held(cache: list[object]) -> int:
+    """Tokens that a prompt cache of one row holds; entries of some layers (states, convolutions) do not count them."""
+    return next((entry.offset for entry in cache if isinstance(getattr(entry, "offset", None), int)), 0)
 
 
 def describe_routes(cache: list[object], row: int = 0) -> str:

@@ -8,12 +8,14 @@ import time
 from typing import Any
 
 import mlx.core as mx
+from jinja2 import TemplateError
 from mlx_lm.chat import setup_arg_parser as stock_arg_parser
 from mlx_lm.generate import GenerationResponse
+from mlx_lm.models.cache import can_trim_prompt_cache
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from flux_mlx.cache import describe_routes
+from flux_mlx.cache import CacheList, describe_routes, tokens_held
 from flux_mlx.generate import add_route_arguments, load_model, sampler_of
 from flux_mlx.stream import stream_generate, warn_if_too_long
 
@@ -51,32 +53,48 @@ class Conversation:
         self.cache = self.model.make_cache()
 
     def next_prompt(self, query: str) -> list[int]:
-        """Add a user message; cut the cache back to what the new text shares with it; return the tokens to run."""
-        self.messages.append({"role": "user", "content": query})
-        text = self.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True)
+        """Add a user message; cut the cache back to what the new text shares with it; return the tokens to run.
+
+        Raises:
+            ValueError: The chat template refuses the conversation, which is then as before.
+        """
+        messages = [*self.messages, {"role": "user", "content": query}]
+        try:
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ValueError(f"[chat] the model's chat template refuses this conversation: {error}") from error
         shared = 0
         while shared < min(len(self.tokens), len(text) - 1) and self.tokens[shared] == text[shared]:
             shared += 1
-        if excess := len(self.tokens) - shared:
-            for entry in self.cache:
-                entry.trim(excess)
+        self.cut(shared)
+        self.messages = messages
+        new = list(text[len(self.tokens) :])
         self.tokens = list(text)
-        return text[shared:]
+        return new
+
+    def cut(self, tokens: int) -> None:
+        """Keep the first `tokens` in the cache, and the layers' routes; keep nothing if it cannot be cut."""
+        excess = tokens_held(self.cache) - tokens
+        if excess > 0 and can_trim_prompt_cache(self.cache):
+            for entry in self.cache:
+                routes = entry.routes if isinstance(entry, CacheList) else None
+                entry.trim(excess)
+                if routes is not None:
+                    entry.resume(routes)
+        elif excess > 0:  # windows that have rolled on, states: what they held before is gone
+            self.cache, tokens = self.model.make_cache(), 0
+        self.tokens = self.tokens[:tokens]
 
     def cancel_turn(self) -> None:
         """Take the last user message back, after an interrupted prefill, which leaves the cache as it was."""
         self.messages.pop()
-        self.tokens = self.tokens[: self.cache[0].offset]
+        self.tokens = self.tokens[: tokens_held(self.cache)]
 
     def close_turn(self, generated: list[int], answer: str) -> None:
         """Store the answer. `generated` are its token ids, of which the cache holds all or all but the last ones."""
         self.messages.append({"role": "assistant", "content": answer})
         self.tokens += generated
-        held = self.cache[0].offset
-        if held > len(self.tokens):
-            for entry in self.cache:
-                entry.trim(held - len(self.tokens))
-        self.tokens = self.tokens[:held]
+        self.cut(min(len(self.tokens), tokens_held(self.cache)))
 
 
 def answer(console: Console, chat: Conversation, args: argparse.Namespace, query: str) -> None:
@@ -100,6 +118,9 @@ def answer(console: Console, chat: Conversation, args: argparse.Namespace, query
             first = next(responses)
         except KeyboardInterrupt:
             return chat.cancel_turn()
+        except ValueError:
+            chat.cancel_turn()
+            raise
     first_token_s = time.perf_counter() - start
     generated, text = [], ""
     try:
@@ -146,7 +167,10 @@ def main() -> None:
         elif query == "h":
             console.print(HELP)
         elif query.strip():
-            answer(console, chat, args, query)
+            try:
+                answer(console, chat, args, query)
+            except ValueError as error:
+                console.print(str(error), style="red", markup=False)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,19 @@ chunks are stock's, and each is computed by the stock model's own forward pass i
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START, maybe_quantize_kv_cache
+from mlx_lm.models.cache import KVCache
 
-from flux_mlx.cache import CacheList
+from flux_mlx.cache import CacheList, tokens_held
 from flux_mlx.families import inner_model
-from flux_mlx.models import RoutedAttention
+from flux_mlx.models import RoutedAttention, routed_layers
 
 DEFAULT_STEP_TOKENS = 2048
 
@@ -117,6 +121,29 @@ def _route_layer(layer: nn.Module, entry: CacheList, chunks: list[mx.array]) -> 
         entry.decide(attn.decide(entry.pooled()), [True])
 
 
+def _chunks(model: nn.Module, tokens: mx.array, offset: int, step: int) -> list[mx.array]:
+    """The tokens in chunks `[1, .]` of `step`, as stock cuts them.
+
+    xattention chooses blocks for whole query blocks: its chunks end at block boundaries, so that the choice does not
+    depend on the step.
+    """
+    patterns = [attn.flux.pattern for attn in routed_layers(model).values()]
+    block = max((pattern.block_size for pattern in patterns if pattern.name == "xattention"), default=1)
+    step = -(-step // block) * block
+    cuts = [0, *range(step - offset % block, tokens.size, step), tokens.size]
+    return [tokens[None, start:stop] for start, stop in itertools.pairwise(cuts) if start < stop]
+
+
+def _restorer(entry: Any) -> Callable[[], None]:
+    """A function that brings a cache entry back to what it is now."""
+    if isinstance(entry, CacheList):
+        return partial(entry.restore, entry.snapshot())
+    if type(entry) is KVCache:
+        return lambda offset=entry.offset: entry.trim(entry.offset - offset)
+    saved = copy.deepcopy(entry.__dict__)  # windows and states of other layers, which do not grow with the prompt
+    return lambda: entry.__dict__.update(saved)
+
+
 def prefill(
     model: nn.Module,
     prompt: mx.array,
@@ -124,15 +151,22 @@ def prefill(
     *,
     prefill_step_size: int = DEFAULT_STEP_TOKENS,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = DEFAULT_QUANTIZED_KV_START,
 ) -> mx.array:
     """Run all of the prompt but its last token through the model, each layer routed on the whole prompt.
 
     Args:
         model: A Flux model (or a stock one, which is then prefilled layer by layer without routing).
-        prompt: int `[L]`, L >= 1: the new tokens, which follow those that `cache` holds.
+        prompt: int `[L]` or a list, L >= 1: the new tokens, which follow those that `cache` holds.
         cache: From `model.make_cache()`, for one row. Updated in place; its routes are set.
         prefill_step_size: Tokens of a chunk. The routes do not depend on it.
         prompt_progress_callback: Called with (layers done, layers) before the first layer and after each.
+        kv_bits: Quantise each layer's keys and values, as soon as the layer is done, to this many bits. Stock does it
+            after each chunk, so that its later chunks read quantised keys.
+        kv_group_size: Group size of that quantisation.
+        quantized_kv_start: Do it only if the cache then holds this many tokens.
 
     Returns:
         int `[1]`: the last token, to be fed to `mlx_lm.generate_step` with the same cache.
@@ -142,7 +176,7 @@ def prefill(
 
     An interrupted prefill (an exception in the callback, Ctrl-C) leaves the cache as it was.
     """
-    tokens = prompt[:-1]
+    prompt = mx.array(prompt)
     if prompt.ndim != 1 or prompt.size < 1:
         raise ValueError(f"[prefill] prompt must be int [L] with L >= 1, got shape {tuple(prompt.shape)}.")
     if prefill_step_size < 1:
@@ -155,29 +189,27 @@ def prefill(
             raise ValueError("[prefill] the cache must be of one row, got one of a batch.")
     report = prompt_progress_callback or (lambda done, total: None)
     report(0, len(cache))
-    chunks = [tokens[None, i : i + prefill_step_size] for i in range(0, tokens.size, prefill_step_size)]
+    chunks = _chunks(model, prompt[:-1], tokens_held(cache), prefill_step_size)
     hidden: list[mx.array | None] = [None] * len(chunks)
-    held = [getattr(entry, "offset", 0) for entry in cache]
+    entries, restorers = list(cache), [_restorer(entry) for entry in cache]
     try:
         for index in range(len(cache) if chunks else 0):
             hidden = _prefill_layer(model, index, cache, chunks, hidden)
+            layer_cache = cache[index : index + 1]
+            maybe_quantize_kv_cache(layer_cache, quantized_kv_start, kv_group_size, kv_bits)
+            cache[index] = layer_cache[0]
             report(index + 1, len(cache))
     except BaseException:
-        _roll_back(cache, held)
+        cache[:] = entries
+        for restore in restorers:
+            restore()
         raise
     return prompt[-1:]
 
 
-def _roll_back(cache: list[Any], held: list[int]) -> None:
-    """Trim what an interrupted prefill has added, so that all layers hold the same tokens again."""
-    for entry, offset in zip(cache, held, strict=True):
-        if entry.is_trimmable() and entry.offset > offset:
-            entry.trim(entry.offset - offset)
-
-
 def _prefill_layer(
     model: nn.Module, index: int, cache: list[Any], chunks: list[mx.array], hidden: list[mx.array | None]
-) -> list[mx.array]:
+) -> list[mx.array | None]:
     """One layer over all chunks: hidden states in (None: the embedding of the tokens), hidden states out."""
     layer, entry, is_last = model.layers[index], cache[index], index == len(model.layers) - 1
     routed = isinstance(entry, CacheList) and isinstance(getattr(layer, "self_attn", None), RoutedAttention)
@@ -189,9 +221,11 @@ def _prefill_layer(
     try:
         for i, chunk in enumerate(chunks):
             out = _run_layer(inner_model(model), index, chunk, hidden[i], cache)
-            mx.eval(entry.state, [] if is_last else out)  # of the last layer only keys and values are needed
+            if is_last:  # only keys and values are needed; an output kept unevaluated would keep old ones alive
+                out = None
+            mx.eval(entry.state, out)
             hidden[i] = out
-            mx.clear_cache()
+        mx.clear_cache()
     finally:
         if routed:
             entry.pinned = None

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
 from typing import Any
 
 import mlx.core as mx
+from jinja2 import TemplateError
 from mlx_lm.generate import setup_arg_parser as stock_arg_parser
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
-from mlx_lm.utils import load as stock_load
 from mlx_lm.utils import load_adapters
 from tqdm import tqdm
 
-from flux_mlx.cache import CacheList, describe_routes
+from flux_mlx.cache import CacheList, describe_routes, tokens_held
 from flux_mlx.cache_files import check_model, has_fingerprint, read_metadata
-from flux_mlx.loading import load
+from flux_mlx.loading import find_directory, load
 from flux_mlx.models import set_route
+from flux_mlx.safe_loading import load_without_code
 from flux_mlx.spec import parse_route
 from flux_mlx.stream import stream_generate, warn_if_too_long
 
@@ -33,6 +35,17 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.description = "Generate text with a Flux model: every layer routed on the whole prompt."
     add_route_arguments(parser)
     return parser
+
+
+def template_settings(parser: argparse.ArgumentParser, text: str | None) -> dict[str, Any]:
+    """The value of --chat-template-config; exits with one line if it is not a JSON object."""
+    try:
+        value = json.loads(text or "{}")
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        parser.error(f"--chat-template-config: expected a JSON object, got {text!r}")
+    return value
 
 
 def add_route_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +69,8 @@ def load_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tup
     """Model and tokenizer that the arguments name, routed as they say; exits with one line if that cannot be."""
     if args.model is None:
         parser.error("--model is required: a Flux model directory, made by flux_mlx.convert")
+    if args.max_tokens == 0:
+        parser.error("--max-tokens must not be 0 (use -1 for no limit)")
     for flag in UNSUPPORTED:
         if getattr(args, flag, None):
             parser.error(f"--{flag.replace('_', '-')} is not supported by Flux models")
@@ -93,7 +108,7 @@ def encode_prompt(args: argparse.Namespace, tokenizer: Any, *, suffix_only: bool
             tokenize=False,
             continue_final_message=prefilled,
             add_generation_prompt=not prefilled,
-            **json.loads(args.chat_template_config or "{}"),
+            **args.chat_template_config,
         )
 
     rendered = render(text)
@@ -145,13 +160,13 @@ def progress_bar(enabled: bool) -> Any:
 
 def generate(args: argparse.Namespace, model: Any, tokenizer: Any, prompt: list[int], cache: list[Any]) -> None:
     """Stream the answer to stdout, with statistics as mlx_lm.generate prints them, and the routes."""
-    draft_model = stock_load(args.draft_model)[0] if args.draft_model else None
+    draft_model = load_draft(args.draft_model, tokenizer) if args.draft_model else None
     if draft_model is not None:
         cache = cache + make_prompt_cache(draft_model)
     report, bar = progress_bar(args.verbose)
     if args.verbose:
         print("=" * 10)
-    start, first_token_s = time.perf_counter(), None
+    start = time.perf_counter()
     responses = stream_generate(
         model,
         tokenizer,
@@ -167,10 +182,10 @@ def generate(args: argparse.Namespace, model: Any, tokenizer: Any, prompt: list[
         kv_group_size=args.kv_group_size,
         quantized_kv_start=args.quantized_kv_start,
     )
-    for response in responses:
-        if first_token_s is None:
-            first_token_s = time.perf_counter() - start
-            bar.close()
+    with bar:
+        first = next(responses)
+    first_token_s = time.perf_counter() - start
+    for response in itertools.chain([first], responses):
         print(response.text, end="", flush=True)
     print()
     if args.verbose:
@@ -181,6 +196,21 @@ def generate(args: argparse.Namespace, model: Any, tokenizer: Any, prompt: list[
         print(f"Peak memory: {response.peak_memory:.3f} GB")
     if args.show_routes:
         print(f"Routes: {describe_routes(cache[: len(model.layers)])}")
+
+
+def load_draft(path: str, tokenizer: Any) -> Any:
+    """The draft model, from a directory or a hub id.
+
+    Raises:
+        ValueError: Its tokenizer is another one than the model's.
+    """
+    draft_model, draft_tokenizer, _ = load_without_code(str(find_directory(path)))
+    if draft_tokenizer.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"[generate] the draft model's tokenizer must have the model's {tokenizer.vocab_size} tokens, "
+            f"got {draft_tokenizer.vocab_size}."
+        )
+    return draft_model
 
 
 def sampler_of(args: argparse.Namespace, tokenizer: Any) -> Any:
@@ -201,6 +231,7 @@ def main() -> None:
     """Entry point."""
     parser = setup_arg_parser()
     args = parser.parse_args()
+    args.chat_template_config = template_settings(parser, args.chat_template_config)
     if args.seed is not None:
         mx.random.seed(args.seed)
     cache = open_prompt_cache(parser, args)
@@ -208,11 +239,11 @@ def main() -> None:
     check_prompt_cache(parser, args, model)
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
-    prompt = encode_prompt(args, tokenizer, suffix_only=cache is not None)
-    warn_if_too_long(model, len(prompt) + (cache[0].offset if cache else 0))
     try:
+        prompt = encode_prompt(args, tokenizer, suffix_only=cache is not None)
+        warn_if_too_long(model, len(prompt) + tokens_held(cache or []))
         generate(args, model, tokenizer, prompt, cache or model.make_cache())
-    except ValueError as error:
+    except (OSError, ValueError, TemplateError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models import llama
 from mlx_lm.utils import save_config, save_model
 
@@ -31,6 +32,13 @@ def _card(file: GGUFFile, base: Base, dtype: str) -> str:
     return f"{front}# {base.name}\n\n{made_by}{text}"
 
 
+def _cast(x: np.ndarray, dtype: str) -> mx.array:
+    """Cast at once: a cast left to be done later would keep the float32 tensor."""
+    cast = mx.array(x).astype(getattr(mx, dtype))
+    mx.eval(cast)
+    return cast
+
+
 def write_plain_directory(gguf_path: str | Path, out: str | Path, dtype: str = "float32") -> None:
     """Write the model, tokenizer and config of a Llama GGUF as a directory that stock mlx-lm loads.
 
@@ -44,7 +52,7 @@ def write_plain_directory(gguf_path: str | Path, out: str | Path, dtype: str = "
     Raises:
         FileNotFoundError: There is no such GGUF.
         FileExistsError: `out` exists.
-        GGUFError: The file is damaged, or not a Llama model with a byte-level BPE tokenizer.
+        GGUFError: The file is damaged, or not a Llama model with a BPE tokenizer that is read.
     """
     file = GGUFFile(gguf_path)
     config = llama_config(file)
@@ -53,7 +61,7 @@ def write_plain_directory(gguf_path: str | Path, out: str | Path, dtype: str = "
         part.mkdir()
         write_tokenizer(file, config, part)
         model = llama.Model(llama.ModelArgs.from_dict(config))
-        model.load_weights([(name, mx.array(x).astype(getattr(mx, dtype))) for name, x in llama_tensors(file, config)])
+        model.load_weights([(name, _cast(x, dtype)) for name, x in llama_tensors(file, config)])
         save_model(part, model, donate_model=True)
         save_config({**config, "torch_dtype": dtype}, part / "config.json")
         (part / CARD_NAME).write_text(_card(file, gguf_base(file), dtype), "utf-8")

@@ -52,9 +52,14 @@ class RoutedAttention:
         cache.widen(x.shape[0])
         self.route(x, cache)
         sparse = [route == Route.SPARSE for route in cache.routes]
-        if not any(sparse) or self.flux.pattern.is_dense(cache.size() + x.shape[1]):
+        if not any(sparse) or self.is_dense(cache, x.shape[1]):
             return super().__call__(x, mask, cache.kv)
         return self.attend(x, mask, cache, sparse)
+
+    def is_dense(self, cache: CacheList, tokens: int) -> bool:
+        """Whether sparse attention is full attention in this call; xattention's prefill drops blocks at any length."""
+        chooses_blocks = self.flux.pattern.name == "xattention" and cache.pinned is not None
+        return not chooses_blocks and self.flux.pattern.is_dense(cache.size() + tokens)
 
     def new_cache(self) -> CacheList:
         """An empty cache for this layer."""
@@ -256,7 +261,7 @@ def apply(model: nn.Module, config: FluxConfig) -> nn.Module:
 
     Args:
         model: A model of mlx-lm, quantised or not. Layers that are not `is_routable` stay as they are.
-        config: Settings. `FLUX_MLX_ROUTE` in the environment overrides its route.
+        config: Settings.
 
     Returns:
         `model`.
@@ -290,7 +295,7 @@ def _apply(model: nn.Module, config: FluxConfig, fresh: bool) -> nn.Module:
     model.__class__ = _mixed(FluxModel, type(model))
     model.flux = config
     model.flux_show = os.environ.get("FLUX_MLX_SHOW_ROUTES", "") not in ("", "0")
-    set_route(model, parse_route(os.environ["FLUX_MLX_ROUTE"]) if "FLUX_MLX_ROUTE" in os.environ else config.route)
+    set_route(model, config.route)
     return model
 
 
@@ -329,10 +334,16 @@ class ModelArgs:
 
 
 def Model(args: ModelArgs) -> nn.Module:  # noqa: N802 (mlx-lm's loader asks for this name)
-    """Build the stock model of the config's `model_type` and make it route; its routers wait for their weights."""
+    """Build the stock model of the config's `model_type` and make it route; its routers wait for their weights.
+
+    `FLUX_MLX_ROUTE` in the environment overrides the config's route: stock commands have no flag for it.
+    """
     stock_model, stock_args = _get_classes(args.config)
     _check_types(args.config, stock_args)
-    return _apply(stock_model(stock_args.from_dict(args.config)), args.flux, fresh=False)
+    model = _apply(stock_model(stock_args.from_dict(args.config)), args.flux, fresh=False)
+    if route := os.environ.get("FLUX_MLX_ROUTE"):
+        set_route(model, parse_route(route))
+    return model
 
 
 def _check_types(config: dict[str, Any], stock_args: type) -> None:

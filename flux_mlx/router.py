@@ -65,5 +65,5 @@ def p_full(logits: mx.array) -> mx.array:
 
 
 def decide(logits: mx.array) -> list[Route]:
-    """FULL iff logit 1 > logit 0, row by row. Waits for the logits."""
-    return [Route.FULL if full > sparse else Route.SPARSE for sparse, full in logits.tolist()]
+    """FULL iff logit 1 > logit 0, row by row; FULL, the safe one, if they are not numbers. Waits for the logits."""
+    return [Route.SPARSE if sparse >= full else Route.FULL for sparse, full in logits.tolist()]

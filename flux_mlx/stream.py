@@ -10,12 +10,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import GenerationResponse, generation_stream, wired_limit
+from mlx_lm.generate import GenerationResponse, generate_step, generation_stream, wired_limit
 from mlx_lm.generate import stream_generate as stock_stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 
 from flux_mlx.exact_prefill import DEFAULT_STEP_TOKENS, prefill
 from flux_mlx.models import routed_layers
+
+QUANTIZATION = ("kv_bits", "kv_group_size", "quantized_kv_start")
 
 
 def warn_if_too_long(model: nn.Module, tokens: int) -> None:
@@ -39,6 +41,24 @@ def check_draft_tokens(model: nn.Module, num_draft_tokens: int) -> None:
         raise ValueError(
             f"[stream_generate] a routed model takes fewer than {limit} draft tokens, got {num_draft_tokens}."
         )
+
+
+def _check_quantization(model: nn.Module, kv_bits: int | None = None, kv_group_size: int = 64) -> None:
+    """Quantise one key of each size, so that settings which MLX refuses are refused before a long prefill."""
+    sizes = {attn.pooled_dim for attn in routed_layers(model).values()} if kv_bits is not None else ()
+    for head_dim in sizes:
+        try:
+            mx.quantize(mx.zeros((1, head_dim)), group_size=kv_group_size, bits=kv_bits)
+        except ValueError as error:
+            raise ValueError(
+                f"[stream_generate] keys of head dim {head_dim} cannot be quantised with kv_bits {kv_bits} and "
+                f"kv_group_size {kv_group_size}: {error}"
+            ) from error
+
+
+def _after(prompt: mx.array, processor: Any) -> Any:
+    """A logits processor that sees the prompt in front of the tokens which it is given, as in stock generation."""
+    return lambda tokens, logits: processor(mx.concatenate([prompt, tokens]), logits)
 
 
 def stream_generate(
@@ -74,6 +94,9 @@ def stream_generate(
     """
     if not prompt:
         raise ValueError("[stream_generate] prompt must hold 1 or more token ids, got none.")
+    if kwargs.get("max_tokens") == 0:
+        raise ValueError("[stream_generate] max_tokens must not be 0 (use -1 for no limit).")
+    _check_quantization(model, **{name: kwargs[name] for name in ("kv_bits", "kv_group_size") if name in kwargs})
     n_layers = len(model.layers)
     if prompt_cache is None:
         prompt_cache = make_prompt_cache(model) + (make_prompt_cache(draft_model) if draft_model else [])
@@ -83,12 +106,16 @@ def stream_generate(
     start = time.perf_counter()
     with wired_limit(model, [generation_stream]), mx.stream(generation_stream):
         tokens = mx.array(prompt)
-        settings = {"prefill_step_size": prefill_step_size}
-        last = prefill(
-            model, tokens, prompt_cache[:n_layers], prompt_progress_callback=prompt_progress_callback, **settings
-        )
-        if draft_model is not None:
-            prefill(draft_model, tokens, prompt_cache[n_layers:], **settings)
+        own, draft = prompt_cache[:n_layers], prompt_cache[n_layers:]
+        quantization = {name: kwargs[name] for name in QUANTIZATION if name in kwargs}
+        settings = {"prefill_step_size": prefill_step_size, **quantization}
+        last = prefill(model, tokens, own, prompt_progress_callback=prompt_progress_callback, **settings)
+        if draft_model is not None and tokens.size > 1:  # needs no routing: stock's own prefill
+            for _ in generate_step(tokens[:-1], draft_model, max_tokens=0, prompt_cache=draft, **settings):
+                pass
+        prompt_cache[:] = own + draft  # quantised entries are new ones
+    if processors := kwargs.get("logits_processors"):
+        kwargs["logits_processors"] = [_after(tokens[:-1], processor) for processor in processors]
     prompt_tps = None
     for response in stock_stream_generate(model, tokenizer, last, prompt_cache=prompt_cache, **kwargs):
         if prompt_tps is None:

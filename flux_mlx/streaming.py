@@ -14,8 +14,8 @@ import mlx.core as mx
 from flux_mlx.spec import PatternConfig, visible
 
 BLOCKS_PER_CALL = 32  # bounds the copy of the gathered keys: 32 * (sink + window) of them
-MIN_TILE_TOKENS = 32  # smaller blocks make poor batch items: they go by masked tiles of this many windows' rows
-MASKED_TILE_TOKENS = 256
+MIN_TILE_TOKENS = 32  # smaller blocks make poor batch items: their queries go by masked tiles of
+MASKED_TILE_TOKENS = 256  # this many
 
 
 def dense(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:

@@ -14,9 +14,10 @@ import pytest
 
 import flux_mlx
 from flux_mlx.chat import Conversation
-from flux_mlx.spec import Route
+from flux_mlx.models import routed_layers
+from flux_mlx.spec import FluxConfig, Route, RouterConfig
 from flux_mlx.stream import stream_generate, warn_if_too_long
-from parity_tests.tiny_directories import flux_directory
+from parity_tests.tiny_directories import TEMPLATE, flux_directory
 
 BIN = Path(sys.executable).parent
 PROMPT = "the quick brown fox " * 12
@@ -113,6 +114,9 @@ def test_a_saved_prompt_cache_is_continued(directory, tmp_path):
         (("--model", "{dir}", "--route", "9"), "[9] are not routed layers; the model routes layers [0, 1, 2, 3]"),
         (("--model", "{dir}", "--route", "some"), "got 'some'"),
         (("--model", "{dir}", "--max-kv-size", "64"), "--max-kv-size is not supported"),
+        (("--model", "{dir}", "-m", "0"), "--max-tokens must not be 0"),
+        (("--model", "{dir}", "--chat-template-config", "{{"), "expected a JSON object, got '{'"),
+        (("--model", "{dir}", "--draft-model", "{dir}-none"), "no such directory"),
         ((), "--model is required"),
     ],
 )
@@ -142,40 +146,131 @@ def test_chat_turns_keep_one_cache(directory):
     assert "q  exit" in done.stdout
 
 
-def test_a_conversation_feeds_only_what_is_new(directory):
+def say(chat: Conversation, query: str, tokens: int = 4) -> int:
+    """One turn; returns the number of tokens that it ran."""
+    new = chat.next_prompt(query)
+    responses = list(stream_generate(chat.model, chat.tokenizer, new, prompt_cache=chat.cache, max_tokens=tokens))
+    chat.close_turn([r.token for r in responses], "".join(r.text for r in responses))
+    return len(new)
+
+
+FORGETFUL = TEMPLATE.replace(
+    "{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|assistant|><think></think>"
+)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, FORGETFUL])
+def test_a_conversations_cache_holds_its_text(directory, template):
     model, tokenizer = flux_mlx.load(directory)
+    flux_mlx.set_route(model, (0, 2))
+    tokenizer.chat_template = tokenizer._tokenizer.chat_template = template
     chat = Conversation(model, tokenizer, "be brief")
     for query in (PROMPT, "short?", PROMPT):
+        new = say(chat, query)
+        assert new < len(chat.tokens) or len(chat.messages) == 3
+        fresh = model.make_cache()
+        flux_mlx.prefill(model, mx.array([*chat.tokens, 1]), fresh)
+        assert [entry.offset for entry in chat.cache] == [len(chat.tokens)] * 4
+        for mine, theirs in zip(chat.cache, fresh, strict=True):
+            for a, b in zip(mine.keys_and_values(), theirs.keys_and_values(), strict=True):
+                assert mx.allclose(a, b, atol=1e-3)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, FORGETFUL])
+def test_a_short_turn_only_takes_layers_to_full(directory, template):
+    model, tokenizer = flux_mlx.load(directory)
+    tokenizer.chat_template = tokenizer._tokenizer.chat_template = template
+    for attn in routed_layers(model).values():  # long enough to call every later turn a short one
+        attn.flux = FluxConfig(pattern=model.flux.pattern, router=RouterConfig(pool_tokens=100))
+    chat = Conversation(model, tokenizer)
+    lean(model, Route.FULL)
+    say(chat, PROMPT)
+    lean(model, Route.SPARSE)
+    assert say(chat, "ok?") < 100
+    assert flux_mlx.routes(chat.cache) == [Route.FULL] * 4
+    say(chat, PROMPT)
+    assert flux_mlx.routes(chat.cache) == [Route.SPARSE] * 4
+    lean(model, Route.FULL)
+    assert say(chat, "why?") < 100
+    assert flux_mlx.routes(chat.cache) == [Route.FULL] * 4
+
+
+def lean(model, route: Route) -> None:
+    """Make every router decide alike."""
+    for attn in routed_layers(model).values():
+        attn.router.head[-1].weight = mx.zeros_like(attn.router.head[-1].weight)
+        attn.router.head[-1].bias = mx.array([0.0, 1.0 if route == Route.FULL else -1.0])
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), [("gemma3_text", {"num_hidden_layers": 6, "sliding_window": 24}), ("granitemoehybrid", {})]
+)
+def test_a_conversation_with_windows_or_states_starts_anew_where_it_cannot_cut(tmp_path, family, changes):
+    directory = flux_directory(tmp_path / "other", family, **changes)
+    model, tokenizer = flux_mlx.load(directory)
+    tokenizer.chat_template = tokenizer._tokenizer.chat_template = FORGETFUL
+    flux_mlx.set_route(model, "full")
+    chat = Conversation(model, tokenizer)
+    for query in (PROMPT, "short?"):
         new = chat.next_prompt(query)
         whole = list(chat.tokens)
         responses = list(stream_generate(model, tokenizer, new, prompt_cache=chat.cache, max_tokens=4))
+        cold = [r.token for r in stream_generate(model, tokenizer, whole, max_tokens=4)]
+        assert [r.token for r in responses] == cold
         chat.close_turn([r.token for r in responses], "".join(r.text for r in responses))
-        assert chat.cache[0].offset == len(chat.tokens)
-        assert chat.tokens[: len(whole)] == whole
-        fresh = model.make_cache()
-        flux_mlx.prefill(model, mx.array([*chat.tokens, 1]), fresh)
-        assert len({entry.offset for entry in chat.cache}) == 1
-        assert fresh[0].offset == chat.cache[0].offset
 
 
-def test_a_short_turn_only_takes_layers_to_full(directory):
+def test_a_template_that_refuses_leaves_the_conversation(directory):
     model, tokenizer = flux_mlx.load(directory)
-    chat = Conversation(model, tokenizer)
-    taken = []
-    for query in (PROMPT, "ok?", "why?"):
-        new = chat.next_prompt(query)
-        responses = list(stream_generate(model, tokenizer, new, prompt_cache=chat.cache, max_tokens=3))
-        chat.close_turn([r.token for r in responses], "".join(r.text for r in responses))
-        taken.append(flux_mlx.routes(chat.cache))
-        shorter = len(new) < model.flux.router.pool_tokens
-        if len(taken) > 1 and shorter:
-            kept = zip(taken[-2], taken[-1], strict=True)
-            assert all(after == Route.FULL for before, after in kept if before == Route.FULL)
+    tokenizer.chat_template = tokenizer._tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    chat = Conversation(model, tokenizer, "be brief")
+    with pytest.raises(
+        ValueError, match=r"\[chat\] the model's chat template refuses this conversation: no system role"
+    ):
+        chat.next_prompt("hello")
+    assert len(chat.messages) == 1
+
+
+def test_logits_processors_see_the_prompt(directory):
+    model, tokenizer = flux_mlx.load(directory)
+    seen = {"flux": [], "stock": []}
+
+    def processor(name: str):
+        return lambda tokens, logits: (seen[name].append(tokens.tolist()), logits)[1]
+
+    tokens = tokenizer.encode(PROMPT)
+    for name, generate in (("flux", stream_generate), ("stock", mlx_lm.stream_generate)):
+        list(generate(model, tokenizer, tokens, max_tokens=3, logits_processors=[processor(name)]))
+    assert seen["flux"] == [step for step in seen["stock"] if len(step) >= len(tokens)]
+
+
+def test_settings_are_refused_before_the_prefill(directory):
+    model, tokenizer = flux_mlx.load(directory)
+    cases = [
+        ({"max_tokens": 0}, "max_tokens must not be 0"),
+        ({"kv_bits": 7}, "keys of head dim 32 cannot be quantised with kv_bits 7"),
+        ({"kv_bits": 4, "kv_group_size": 128}, "kv_group_size 128"),
+    ]
+    for settings, message in cases:
+        cache = model.make_cache()
+        with pytest.raises(ValueError, match=message):
+            next(stream_generate(model, tokenizer, [1, 2, 3], prompt_cache=cache, **settings))
+        assert cache[0].offset == 0
 
 
 def test_a_cancelled_turn_leaves_no_trace(directory):
     model, tokenizer = flux_mlx.load(directory)
     chat = Conversation(model, tokenizer)
-    chat.next_prompt(PROMPT)
+    say(chat, PROMPT)
+    before = (list(chat.messages), list(chat.tokens), flux_mlx.routes(chat.cache))
+    new = chat.next_prompt("and then?")
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        next(stream_generate(model, tokenizer, new, prompt_cache=chat.cache, prompt_progress_callback=interrupt))
     chat.cancel_turn()
-    assert (chat.messages, chat.tokens, chat.cache[0].offset) == ([], [], 0)
+    assert (chat.messages, chat.tokens, flux_mlx.routes(chat.cache)) == before
+    assert chat.cache[0].offset == len(chat.tokens)

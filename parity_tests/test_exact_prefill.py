@@ -5,10 +5,12 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 import flux_mlx
+from flux_mlx.models import routed_layers
 from flux_mlx.spec import PatternConfig, Route
 from parity_tests.numpy_llama import NumpyLlama
 from parity_tests.tiny_models import flux_model, prompt, stock_model
@@ -80,8 +82,7 @@ def test_the_oracle_sees_a_wrong_window():
     expected = reference([model], [tokens])
     pattern = model.flux.pattern
     wrong = PatternConfig(block_size=pattern.block_size, sink_tokens=pattern.sink_tokens, window_tokens=24)
-    for layer in model.layers:
-        layer.self_attn.flux = flux_mlx.FluxConfig(pattern=wrong, router=model.flux.router)
+    with_pattern(model, wrong)
     with pytest.raises(AssertionError, match="over the budget"):
         expected.check("logits", exact(model, tokens)[0][None])
 
@@ -95,27 +96,58 @@ def test_a_stock_run_of_one_chunk_has_exact_routes(tokens):
 
 
 @pytest.mark.parametrize("route", ["full", (0, 2), "auto"])
-def test_a_second_prompt_follows_the_first(route):
+@pytest.mark.parametrize("step", [16, 64])
+def test_a_second_prompt_follows_the_first(route, step):
     model, tokens = flux_model(route=route), prompt(TOKENS)
     cache = model.make_cache()
-    exact(model, tokens[:150], 64, cache)
-    logits, routes = exact(model, tokens[150:], 64, cache)
-    if route == "auto":
-        assert set(routes) <= {Route.FULL, Route.SPARSE}
-    else:
+    exact(model, tokens[:150], step, cache)
+    logits, routes = exact(model, tokens[150:], step, cache)
+    if route != "auto":
         np.testing.assert_allclose(logits, exact(model, tokens, 64)[0], atol=1e-4)
+        return
+    whole = model.make_cache()  # the same turn in one chunk
+    exact(model, tokens[:150], 2048, whole)
+    expected, expected_routes = exact(model, tokens[150:], 2048, whole)
+    assert routes == expected_routes
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
-def test_patterns_that_know_the_prompt_act_in_exact_prefill():
+def with_pattern(model, pattern: PatternConfig):
+    for attn in routed_layers(model).values():
+        attn.flux = flux_mlx.FluxConfig(pattern=pattern, router=model.flux.router)
+    return model
+
+
+@pytest.mark.parametrize("name", ["triangle", "xattention"])
+def test_patterns_that_know_the_prompt_act_in_exact_prefill(name):
     tokens = prompt(TOKENS)
-    for name in ("triangle", "xattention"):
-        pattern = PatternConfig(name, block_size=8, sink_tokens=8, window_tokens=16, last_tokens=40, stride=4)
-        streaming = flux_model(route="sparse")
-        model = flux_model(route="sparse")
-        for layer in model.layers:
-            layer.self_attn.flux = flux_mlx.FluxConfig(pattern=pattern, router=model.flux.router)
-        assert np.abs(exact(model, tokens)[0] - exact(streaming, tokens)[0]).max() > 1e-3
-        np.testing.assert_allclose(chunked(model, tokens, 64)[0], chunked(streaming, tokens, 64)[0], atol=1e-5)
+    pattern = PatternConfig(name, block_size=8, sink_tokens=8, window_tokens=16, last_tokens=40, stride=4)
+    streaming, model = flux_model(route="sparse"), with_pattern(flux_model(route="sparse"), pattern)
+    assert np.abs(exact(model, tokens)[0] - exact(streaming, tokens)[0]).max() > 1e-3
+    np.testing.assert_allclose(chunked(model, tokens, 64)[0], chunked(streaming, tokens, 64)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["streaming", "triangle", "xattention"])
+@pytest.mark.parametrize("held", [0, 21])
+def test_sparse_prefill_does_not_depend_on_the_chunk_size(name, held):
+    pattern = PatternConfig(
+        name, block_size=8, sink_tokens=8, window_tokens=16, last_tokens=40, stride=4, threshold=0.5
+    )
+    model, tokens = with_pattern(flux_model(route="sparse"), pattern), prompt(TOKENS)
+    found = []
+    for step in (20, 100, 2048):
+        cache = model.make_cache()
+        if held:
+            exact(model, tokens[:held], 2048, cache)
+        found.append(exact(model, tokens[held:], step, cache)[0])
+    np.testing.assert_allclose(found[0], found[2], atol=1e-4)
+    np.testing.assert_allclose(found[1], found[2], atol=1e-4)
+
+
+def test_xattention_drops_blocks_of_a_prompt_within_the_window():
+    pattern = PatternConfig("xattention", block_size=8, sink_tokens=8, window_tokens=512, stride=4, threshold=0.3)
+    model, tokens = with_pattern(flux_model(route="sparse"), pattern), prompt(TOKENS)
+    assert np.abs(exact(model, tokens)[0] - exact(flux_model(route="full"), tokens)[0]).max() > 1e-3
 
 
 def test_progress_goes_by_layers():
@@ -126,19 +158,59 @@ def test_progress_goes_by_layers():
     assert seen == [(done, 4) for done in range(5)]
 
 
-def test_an_interrupted_prefill_leaves_the_cache_as_it_was():
-    model, tokens = flux_model(), prompt(TOKENS)
-    cache = model.make_cache()
+def remembered(cache: list) -> list:
+    """Everything that a cache holds, as numpy arrays and numbers."""
+    return [np.array(x) if isinstance(x, mx.array) else x for _, x in tree_flatten([entry.state for entry in cache])]
+
+
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("gemma3_text", {"num_hidden_layers": 6})])
+@pytest.mark.parametrize("at", [2, 4])
+def test_an_interrupted_prefill_leaves_the_cache_as_it_was(family, changes, at):
+    model, tokens = flux_model(family, **changes), prompt(TOKENS)
+    cache, untouched = model.make_cache(), model.make_cache()
     exact(model, tokens[:100], 64, cache)
+    exact(model, tokens[:100], 64, untouched)
 
     def interrupt(done: int, total: int) -> None:
-        if done == 2:
+        if done == at:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         flux_mlx.prefill(model, mx.array(tokens[100:]), cache, prompt_progress_callback=interrupt)
-    assert [entry.offset for entry in cache] == [100] * 4
-    assert exact(model, tokens[100:], 64, cache)[0].shape == (211,)
+    assert flux_mlx.routes(cache) == flux_mlx.routes(untouched)
+    assert [entry.offset for entry in cache] == [entry.offset for entry in untouched]
+    logits = [exact(model, tokens[100:], 64, one)[0] for one in (cache, untouched)]
+    np.testing.assert_array_equal(*logits)
+    for mine, theirs in zip(remembered(cache), remembered(untouched), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_memory_grows_with_the_prompt_not_with_the_chunks():
+    model = flux_model()
+    tokens = mx.array(prompt(4000))
+    held = []
+    for step in (64, 4096):
+        cache = model.make_cache()
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        flux_mlx.prefill(model, tokens, cache, prefill_step_size=step)
+        held.append(mx.get_active_memory() - before)
+        if step == 64:
+            peak = mx.get_peak_memory() - before
+    buffer_bytes = 4 * tokens.size * model.args.hidden_size
+    assert held[0] <= 1.1 * held[1]
+    assert peak <= held[0] + 6 * buffer_bytes
+
+
+@pytest.mark.parametrize("start", [0, 10_000])
+def test_keys_are_quantised_layer_by_layer(start):
+    model, tokens = flux_model(), prompt(TOKENS)
+    cache = model.make_cache()
+    flux_mlx.prefill(model, tokens, cache, kv_bits=8, kv_group_size=32, quantized_kv_start=start)
+    assert {type(entry.kv).__name__ for entry in cache} == {"KVCache" if start else "QuantizedKVCache"}
+    logits = np.array(model(mx.array([tokens[-1:]]), cache=cache)[0, -1])
+    assert np.abs(logits - exact(model, tokens)[0]).max() < 0.1
 
 
 def test_one_token_needs_no_prefill():

@@ -11,9 +11,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from flux_mlx import routes
 from flux_mlx.cache import CacheList
-from flux_mlx.models import ModelArgs, apply, routed_layers, set_route
+from flux_mlx.models import Model, ModelArgs, apply, routed_layers, set_route
 from flux_mlx.spec import FluxConfig, Route
-from parity_tests.tiny_models import PATTERN, ROUTER, flux_model, prompt, randomise, stock_model
+from parity_tests.tiny_models import PATTERN, ROUTER, flux_model, prompt, randomise, stock_model, tiny_config
 
 STOCK = stock_model()
 MODEL = flux_model()
@@ -177,10 +177,12 @@ def test_a_cache_of_another_length_is_refused():
 
 def test_routes_are_shown_on_request(monkeypatch, capsys):
     monkeypatch.setenv("FLUX_MLX_SHOW_ROUTES", "1")
-    monkeypatch.setenv("FLUX_MLX_ROUTE", "1-2")
-    model = apply(stock_model(), FluxConfig(pattern=PATTERN, router=ROUTER))
+    model = apply(stock_model(), FluxConfig(pattern=PATTERN, router=ROUTER, route=(1, 2)))
     generated(model, prompt(61), 2)
-    assert capsys.readouterr().err == "flux: 2 of 4 routed layers sparse; full: 1,2; sparse: 0,3\n"
+    line = "2 of 4 routed layers sparse; full: 1,2; sparse: 0,3\n"
+    assert capsys.readouterr().err == f"flux: {line}"
+    model(mx.array([prompt(61), prompt(61, 1)]), cache=model.make_cache())
+    assert capsys.readouterr().err == f"flux: row 0: {line}flux: row 1: {line}"
 
 
 def test_bad_input_is_refused_by_name(monkeypatch):
@@ -190,9 +192,18 @@ def test_bad_input_is_refused_by_name(monkeypatch):
         apply(stock_model(), FluxConfig(route=(0, 4)))
     with pytest.raises(ValueError, match=r"\[ModelArgs\] config.json has no flux section"):
         ModelArgs.from_dict({"model_type": "llama"})
+    config = {**tiny_config("llama"), "flux": FluxConfig().to_dict()}
     monkeypatch.setenv("FLUX_MLX_ROUTE", "most")
     with pytest.raises(ValueError, match=r"\[route\] expected auto, full, sparse or a list of full layers.*'most'"):
-        apply(stock_model(), FluxConfig())
+        Model(ModelArgs.from_dict(config))
+    apply(stock_model(), FluxConfig())  # the environment speaks to loaders only
+
+
+def test_the_environment_routes_what_stock_code_loads(monkeypatch):
+    args = ModelArgs.from_dict({**tiny_config("llama"), "flux": FluxConfig(route="full").to_dict()})
+    for value, forced in (("1-2", [2, 1, 1, 2]), ("", [1] * 4), ("auto", [None] * 4)):
+        monkeypatch.setenv("FLUX_MLX_ROUTE", value)
+        assert [attn.forced for attn in routed_layers(Model(args)).values()] == forced
 
 
 def test_routers_are_parameters_that_training_passes_by():

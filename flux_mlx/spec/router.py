@@ -53,8 +53,8 @@ def p_full(logits: np.ndarray) -> np.ndarray:
 
 
 def decide(logits: np.ndarray) -> list[Route]:
-    """FULL iff logit 1 > logit 0, row by row."""
-    return [Route.FULL if full > sparse else Route.SPARSE for sparse, full in logits]
+    """FULL iff logit 1 > logit 0, row by row; FULL, the safe one, if they are not numbers."""
+    return [Route.SPARSE if sparse >= full else Route.FULL for sparse, full in logits]
 
 
 def init_weights(head_dim: int, config: RouterConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:

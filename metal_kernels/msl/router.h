@@ -72,11 +72,11 @@ METAL_FUNC void linear(
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-// FULL iff logit 1 > logit 0.
+// FULL iff logit 1 > logit 0, and if they are not numbers.
 METAL_FUNC void write_decision(const threadgroup float* outputs, device float* logits, device int32_t* route) {
   logits[0] = outputs[0];
   logits[1] = outputs[1];
-  route[0] = outputs[1] > outputs[0] ? kRouteFull : kRouteSparse;
+  route[0] = outputs[0] >= outputs[1] ? kRouteSparse : kRouteFull;
 }
 
 }  // namespace flux
