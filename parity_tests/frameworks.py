@@ -137,6 +137,13 @@ def torch_nan_fill() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+def _torch_missing(device: str) -> str:
+    reason = needs("torch")()
+    if not reason and device == "cuda" and not importlib.import_module("torch").cuda.is_available():
+        reason = "there is no CUDA device"
+    return reason
+
+
 def torch_backend(device: str) -> Backend:
     """Torch eager."""
     torch = torch_framework(device)
@@ -148,7 +155,8 @@ def torch_backend(device: str) -> Backend:
         return torch.back(torch.module("router").pool_queries(torch.to(queries, dtype), pool_tokens, lengths))
 
     router = replace(torch.router(), pool_rows=pool_rows)
-    return Backend("torch", attend, needs("torch"), router, torch.blocks(), nan_fill=torch_nan_fill)
+    missing = functools.partial(_torch_missing, device)
+    return Backend("torch", attend, missing, router, torch.blocks(), nan_fill=torch_nan_fill)
 
 
 def triton_backend(device: str) -> Backend:
@@ -164,7 +172,7 @@ def triton_backend(device: str) -> Backend:
     def missing() -> str:
         if interpreted and os.environ.get("TRITON_INTERPRET") != "1":
             return "on a CPU Triton needs TRITON_INTERPRET=1"
-        return needs("torch", "triton")()
+        return needs("triton")() or _torch_missing(device)
 
     return Backend(
         "triton",

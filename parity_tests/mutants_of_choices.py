@@ -75,7 +75,11 @@ def _without_last_bias(weights: dict[str, np.ndarray], pooled: np.ndarray) -> np
 
 
 def _full_at_a_tie(logits: np.ndarray) -> list[Route]:
-    return [Route.FULL if full >= sparse else Route.SPARSE for sparse, full in logits]
+    return [Route.SPARSE if sparse > full else Route.FULL for sparse, full in logits]
+
+
+def _sparse_unless_larger(logits: np.ndarray) -> list[Route]:
+    return [Route.FULL if full > sparse else Route.SPARSE for sparse, full in logits]
 
 
 router_mutant("padding pooled", pool_rows=lambda x, dtype, n, lengths: NUMPY.router.pool_queries(x, dtype, n))
@@ -84,6 +88,7 @@ router_mutant("SiLU of 1.7 x (GELU's approximation)", route_logits=_logits_with(
 router_mutant("last bias left out", route_logits=_without_last_bias)
 router_mutant("logits swapped", route_logits=lambda weights, pooled: float32_logits(weights, pooled)[:, ::-1])
 router_mutant("a tie goes to full attention", decide=_full_at_a_tie)
+router_mutant("logits that are not numbers go to sparse attention", decide=_sparse_unless_larger)
 
 
 def mass_mutant(mistake: str) -> Callable[[Callable], None]:

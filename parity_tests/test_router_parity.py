@@ -115,6 +115,12 @@ def ties_are_sparse(backend: Backend, case: RouterCase) -> None:
     assert decisions == [Route.SPARSE, Route.FULL, Route.SPARSE, Route.SPARSE]
 
 
+def not_numbers_are_full(backend: Backend, case: RouterCase) -> None:
+    """Logits that are not numbers never leave keys out."""
+    nan, some = np.float32(np.nan), np.float32(case.seed % 7)
+    assert backend.router.decide(np.array([[nan, some], [some, nan], [nan, nan]])) == [Route.FULL] * 3
+
+
 ROUTER_PROPERTIES = {
     check.__name__: check
     for check in (
@@ -124,6 +130,7 @@ ROUTER_PROPERTIES = {
         tokens_between_the_ends_do_not_matter,
         padding_does_not_matter,
         ties_are_sparse,
+        not_numbers_are_full,
     )
 }
 
