@@ -30,7 +30,7 @@ def arguments(description: str, lengths: list[int]) -> argparse.Namespace:
     parser.add_argument("--head-dims", type=int, nargs="+", default=[128, 64])
     parser.add_argument("--repeat-ms", type=int, default=200, help="time spent on each figure")
     parser.add_argument("--rounds", type=int, default=3, help="passes over all figures; the median is reported")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json").parent)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the JSON")
     return parser.parse_args()
 
 
@@ -74,13 +74,21 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() * 2 / ms * 1e3
 
 
+def _command() -> str:
+    """The command of this run, less the place of its results."""
+    words = [f"python -m benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+    if "--out" in words:
+        del words[words.index("--out") : words.index("--out") + 2]
+    return " ".join(words)
+
+
 def write(path: Path, rows: list[dict[str, Any]], **facts: Any) -> None:
     """Write the rows with the hardware, the versions and the command that made them; print them as a table."""
     gpu = torch.cuda.get_device_properties(0)
     record = {
         "hardware": {"gpu": gpu.name, "multiprocessors": gpu.multi_processor_count, "cpu": platform.machine()},
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
-        "command": " ".join(["python", *sys.argv]),
+        "command": _command(),
         "shape": {"batch": 1, "query_heads": HQ, "kv_heads": HKV, "dtype": "bfloat16"},
         "pattern": {"sink_tokens": PATTERN.sink_tokens, "window_tokens": PATTERN.window_tokens, "block_size": 128},
         **facts,
