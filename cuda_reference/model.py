@@ -139,31 +139,39 @@ def _is_routable(layer: nn.Module, config: Any, index: int) -> bool:
 def _watch_queries(attention: nn.Module) -> None:
     """Leave the queries before RoPE, `[B, L, HQ, D]`, as `attention.flux_queries` for the attention function.
 
-    They are q_proj's output, or q_norm's where the family has one. Some families norm `[B, L, H, D]`, some
-    `[B, H, L, D]` and some `[B, L, H * D]`: the strides of the norm's input, a view of q_proj's output, tell.
+    They are q_proj's output, or q_norm's where the family has one. State lies in `__dict__`, out of the sight of
+    `parameters()` and `state_dict()`; the hooks are plain functions, so that a model can be copied.
     """
-    state = attention.__dict__  # not a parameter, buffer or submodule
+    norm = getattr(attention, "q_norm", None)
+    for module, hook in ((attention.q_proj, _keep_projection), (norm, _keep_normed)):
+        if isinstance(module, nn.Module):
+            module.__dict__["flux_owner"] = attention
+            module.register_forward_hook(hook)
 
-    def keep_projection(module: nn.Module, args: Any, out: torch.Tensor) -> None:
-        state["flux_projection"] = out
-        state["flux_queries"] = out.unflatten(-1, (-1, attention.head_dim))
 
-    def keep_normed(module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        projection, x = state["flux_projection"], args[0]
-        if x.data_ptr() != projection.data_ptr():
-            raise ValueError(
-                f"[attach] {type(attention).__name__} norms its queries after another step than q_proj; expected "
-                "q_norm to read q_proj's output."
-            )
-        if out.dim() == 3:
-            out = out.unflatten(-1, (-1, attention.head_dim))
-        elif x.shape[1] != projection.shape[1] or x.stride(1) != projection.stride(1):
-            out = out.transpose(1, 2)
-        state["flux_queries"] = out
+def _keep_projection(projection: nn.Module, args: Any, out: torch.Tensor) -> None:
+    state = projection.flux_owner.__dict__
+    state["flux_layout"] = out.data_ptr(), out.shape[1], out.stride(1)  # not the tensor: it must not be kept alive
+    state["flux_queries"] = out.unflatten(-1, (-1, projection.flux_owner.head_dim))
 
-    attention.q_proj.register_forward_hook(keep_projection)
-    if isinstance(getattr(attention, "q_norm", None), nn.Module):
-        attention.q_norm.register_forward_hook(keep_normed)
+
+def _keep_normed(norm: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+    """Some families norm `[B, L, H * D]`, some `[B, L, H, D]`, some `[B, H, L, D]`.
+
+    The strides of the norm's input, a view of q_proj's output, tell which axis the tokens are.
+    """
+    attention, x = norm.flux_owner, args[0]
+    address, tokens, token_stride = attention.flux_layout
+    if x.data_ptr() != address:
+        raise ValueError(
+            f"[attach] {type(attention).__name__} norms its queries after another step than q_proj; expected q_norm to "
+            "read q_proj's output."
+        )
+    if out.dim() == 3:
+        out = out.unflatten(-1, (-1, attention.head_dim))
+    elif x.shape[1] != tokens or x.stride(1) != token_stride:
+        out = out.transpose(1, 2)
+    attention.__dict__["flux_queries"] = out
 
 
 def flux_attention(
@@ -193,7 +201,6 @@ def flux_attention(
             prompts of different lengths.
     """
     queries = module.__dict__.pop("flux_queries", None)
-    module.__dict__.pop("flux_projection", None)
 
     def full(rows: Any) -> torch.Tensor:
         mask = attention_mask if attention_mask is None or attention_mask.shape[0] == 1 else attention_mask[rows]

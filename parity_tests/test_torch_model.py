@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -221,6 +222,19 @@ def test_routers_stay_float32_in_a_half_precision_model():
         assert logits_of(model, [prompt(37)], routing).dtype == torch.bfloat16
     assert {logits.dtype for logits in routing.logits.values()} == {torch.float32}
     assert {p.dtype for router in routers(model).values() for p in router.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_copy_routes_on_its_own(family):
+    model = flux_model(family)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.model.layers[0].self_attn.q_proj.weight.mul_(-1)
+    routing = [Spy(FLUX, [37]), Spy(FLUX, [37])]
+    for each, which in zip((model, twin), routing, strict=True):
+        logits_of(each, [prompt(37)], which)
+    torch.testing.assert_close(routing[1].seen[0], -routing[0].seen[0], rtol=0, atol=0)
+    assert model.state_dict().keys() == twin.state_dict().keys()
 
 
 def test_attach_refuses():
