@@ -8,7 +8,7 @@ without one is the stock model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,12 +106,11 @@ def attach(model: PreTrainedModel, config: FluxConfig) -> PreTrainedModel:
     layers = model.get_decoder().layers
     config.check_layers(len(layers))
     attentions = {i: layer.self_attn for i, layer in enumerate(layers) if _is_routable(layer, model.config, i)}
-    wrong = [] if isinstance(config.route, str) else [i for i in config.route if i not in attentions]
-    if wrong or not attentions:
+    if not attentions:
         raise ValueError(
-            f"[attach] {type(model).__name__}: expected layers with global attention and a q_proj, and full layers "
-            f"among them; layers {sorted(attentions)} can be routed, the route names {wrong} besides."
+            f"[attach] {type(model).__name__}: expected layers with global attention and a q_proj, got none."
         )
+    _check_route("attach", config.route, attentions)
     for attention in attentions.values():
         attention.router = LayerRouter(attention.head_dim, config.router).to(attention.q_proj.weight.device)
         _watch_queries(attention)
@@ -126,6 +125,12 @@ def routers(model: PreTrainedModel) -> dict[int, LayerRouter]:
     """The routers of an attached model by layer index."""
     attentions = {i: getattr(layer, "self_attn", None) for i, layer in enumerate(model.get_decoder().layers)}
     return {i: attention.router for i, attention in attentions.items() if hasattr(attention, "router")}
+
+
+def _check_route(who: str, route: RoutePolicy, routed: Collection[int]) -> None:
+    wrong = [] if isinstance(route, str) else [layer for layer in route if layer not in routed]
+    if wrong:
+        raise ValueError(f"[{who}] expected full layers among the routed ones, {sorted(routed)}; got {wrong}.")
 
 
 def _is_routable(layer: nn.Module, config: Any, index: int) -> bool:
@@ -319,8 +324,12 @@ def generate(
         route: Policy that stands in for the model's (`FluxConfig.route`).
         stop_tokens: Ids that end the generation; not returned.
         impl: Implementation of sparse attention.
+
+    Raises:
+        ValueError: A prompt that is too short, or a route that names layers that are not routed.
     """
     config = model.flux if route is None else replace(model.flux, route=route)
+    _check_route("generate", config.route, routers(model))
     routing = Routing(config, [len(prompt)], impl=impl)
     ids = torch.tensor([list(prompt)], device=model.device)
     options = {"past_key_values": DynamicCache(config=model.config), "use_cache": True, "routing": routing}

@@ -237,15 +237,17 @@ def test_a_copy_routes_on_its_own(family):
     assert model.state_dict().keys() == twin.state_dict().keys()
 
 
-def test_attach_refuses():
+def test_models_and_routes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="has routers already"):
         attach(flux_model(), FLUX)
     with pytest.raises(ValueError, match=r"names layers \[3\], but the model has layers 0 to 2"):
         attach(stock_model(), replace(FLUX, route=(3,)))
-    with pytest.raises(ValueError, match=r"layers \[1\] can be routed, the route names \[0\] besides"):
+    with pytest.raises(ValueError, match=r"expected full layers among the routed ones, \[1\]; got \[0\]"):
         attach(stock_model("gemma3_text"), replace(FLUX, route=(0, 1)))
     with pytest.raises(ValueError, match=r"Phi3ForCausalLM: expected .* a q_proj"):
         attach(stock_model("phi3"), FLUX)
+    with pytest.raises(ValueError, match=r"\[generate\] expected full layers among the routed ones, .*; got \[3\]"):
+        generate(flux_model(), prompt(9), 1, route=(0, 3))
     with pytest.raises(ValueError, match="MistralForCausalLM: expected layers with global attention"):
         attach(stock_model("mistral", sliding_window=8), FLUX)
 
