@@ -20,7 +20,7 @@ DOCUMENT = HERE / "data" / "us_constitution_1787.txt"
 QUESTION = "According to the text, how many Representatives shall Virginia have?"
 # Full layers chosen by hand: needle retrieval at 4,096 tokens stays at the level of all layers full.
 STATIC_FULL_LAYERS = "0,2,6,7,14,18,21,23"
-ROUTERS = Path(__file__).resolve().parents[1] / "flux_mlx" / "data" / "routers" / "smollm2-135m-instruct"
+ROUTERS = HERE.parent / "flux_mlx" / "data" / "routers" / "smollm2-135m-instruct" / "routers.safetensors"
 
 
 def run(*command: str, **environment: str) -> None:
@@ -32,10 +32,10 @@ def run(*command: str, **environment: str) -> None:
     subprocess.run([str(program), *command[1:]], env=os.environ | environment, check=True)
 
 
-def flux_settings() -> list[str]:
-    """Flags of flux_mlx.convert: the trained routers that ship with the package, or else the static list."""
-    if (ROUTERS / "routers.safetensors").is_file():
-        return ["--routers", str(ROUTERS / "routers.safetensors")]
+def flux_settings(trained: bool) -> list[str]:
+    """Flags of flux_mlx.convert: the trained routers that ship with the package, or the static list."""
+    if trained:
+        return ["--routers", str(ROUTERS)]
     sizes = ["--block-size", "64", "--sink-tokens", "64", "--window-tokens", "512"]
     return [*sizes, "--route", STATIC_FULL_LAYERS]
 
@@ -45,8 +45,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, default=Path("models"), help="where to keep the model")
     parser.add_argument("--max-tokens", type=int, default=48, help="tokens to generate")
+    parser.add_argument("--trained", action="store_true", help="trained routers (experimental) in place of the list")
     args = parser.parse_args()
-    settings = flux_settings()
+    settings = flux_settings(args.trained)
     kind = hashlib.sha256(" ".join(settings).encode()).hexdigest()[:8]  # other settings make another directory
     directory = args.models / f"smollm2-135m-flux-{kind}"
     if not directory.is_dir():
