@@ -18,7 +18,7 @@ PATTERN = PatternConfig(block_size=8, sink_tokens=8, window_tokens=16)
 ROUTER = RouterConfig(pool_tokens=12)
 
 _COMMON = {
-    "hidden_size": 64,
+    "hidden_size": 128,
     "num_hidden_layers": 4,
     "intermediate_size": 128,
     "num_attention_heads": 4,
