@@ -69,7 +69,7 @@ def load_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tup
     """Model and tokenizer that the arguments name, routed as they say; exits with one line if that cannot be."""
     if args.model is None:
         parser.error("--model is required: a Flux model directory, made by flux_mlx.convert")
-    if args.max_tokens == 0:
+    if getattr(args, "max_tokens", None) == 0:
         parser.error("--max-tokens must not be 0 (use -1 for no limit)")
     for flag in UNSUPPORTED:
         if getattr(args, flag, None):
