@@ -44,6 +44,19 @@ def _compiled(spec: KernelSpec) -> Any:
     )
 
 
+def _as_kernel_reads(spec: KernelSpec, name: str, value: Any) -> Any:
+    """Input `name` as MLX takes it: tuples as int32 vectors, arrays dense unless the kernel reads their strides."""
+    if isinstance(value, tuple):
+        return mx.array(value, mx.int32)
+    return value if not isinstance(value, mx.array) or spec.takes_strides(name) else mx.contiguous(value)
+
+
+def kernel_inputs(launch: Launch, inputs: list[Any]) -> list[Any]:
+    """The inputs as MLX takes them and as the kernel reads them, in the kernel's order."""
+    spec = launch.spec
+    return [_as_kernel_reads(spec, name, value) for name, value in zip(spec.inputs, inputs, strict=True)]
+
+
 def metal_run(launch: Launch, inputs: list[Any]) -> list[mx.array]:
     """Launch a kernel on the Metal device.
 
@@ -53,7 +66,7 @@ def metal_run(launch: Launch, inputs: list[Any]) -> list[mx.array]:
     if not is_available():
         raise RuntimeError(f'[{launch.spec.name}] impl="metal" needs a Metal device, and this machine has none.')
     return _compiled(launch.spec)(
-        inputs=[mx.array(x, mx.int32) if isinstance(x, tuple) else x for x in inputs],
+        inputs=kernel_inputs(launch, inputs),
         template=[(name, getattr(mx, v) if isinstance(v, str) else v) for name, v in launch.template],
         grid=launch.grid,
         threadgroup=launch.threadgroup,

@@ -13,6 +13,7 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 QUERY_ROWS = 32  # queries of a prefill threadgroup
+ROUTE_SPARSE = 2  # flux_mlx.spec.Route.SPARSE; every other code computes full attention
 DECODE_QUERIES = 8  # most queries of a decode call
 POOL_SLOTS = 8  # pooled tokens of a router_pool threadgroup
 MASS_BLOCKS = 4  # query blocks of a block_mass threadgroup
@@ -70,6 +71,10 @@ class KernelSpec:
     def outputs(self) -> tuple[str, ...]:
         """Names of the outputs."""
         return tuple(buffer.name for buffer in self.results)
+
+    def takes_strides(self, name: str) -> bool:
+        """Whether input `name` may have any strides; the other inputs are read as dense, in row-major order."""
+        return f"{name}_strides" in self.body()
 
     def header(self) -> str:
         """Metal text of the functions."""

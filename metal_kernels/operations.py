@@ -48,8 +48,10 @@ class Rule:
         return (self.block_size, self.sink_blocks, self.window_blocks, *self.dense)
 
     def visible_tokens(self, q_tokens: int, kv_tokens: int) -> int:
-        """Keys that a decode call of streaming reads."""
+        """Keys that a decode call of SPARSE rows reads: all of them if one of its queries is dense."""
         first = kv_tokens - q_tokens
+        if first < self.dense[1] and kv_tokens > self.dense[0]:
+            return kv_tokens
         begin = max(0, first // self.block_size - self.window_blocks + 1) * self.block_size
         return kv_tokens - begin + min(begin, self.sink_blocks * self.block_size)
 
@@ -99,11 +101,17 @@ def attention(
     if shape[2] > catalog.DECODE_QUERIES:
         out, lse = run(launches.prefill(shape, dtype), inputs)
         return out, lse
-    splits = launches.decode_splits(rule.visible_tokens(shape[2], kv_tokens)) if splits is None else splits
+    splits = decode_splits(route, rule, shape[2], kv_tokens) if splits is None else splits
     first, second = run(launches.decode(shape, k.shape[1], dtype, splits), inputs)
     if splits > 1:
         first, second = run(launches.decode_merge(shape, dtype), [first, second])
     return first, second
+
+
+def decode_splits(route: Array | tuple[int, ...], rule: Rule, q_tokens: int, kv_tokens: int) -> int:
+    """Pieces of a decode call. A row that is full, or whose route only the device knows, may read every key."""
+    all_sparse = isinstance(route, tuple) and set(route) == {catalog.ROUTE_SPARSE}
+    return launches.decode_splits(rule.visible_tokens(q_tokens, kv_tokens) if all_sparse else kv_tokens)
 
 
 def table_attention(

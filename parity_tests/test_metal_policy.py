@@ -12,8 +12,8 @@ import pytest
 from flux_mlx import doctor, kernel_policy, kernels
 from flux_mlx.kernel_policy import Variant
 from flux_mlx.spec import PatternConfig, RouterConfig
-from metal_kernels import catalog
-from parity_tests.host_shim.run import HostError, HostRun
+from metal_kernels import catalog, launches, operations
+from parity_tests.host_shim.run import HostError, HostRun, is_dense
 
 PATTERN = PatternConfig(block_size=16, sink_tokens=16, window_tokens=32)
 PREFILL = Variant("prefill", "float32", 64)
@@ -221,3 +221,37 @@ def test_the_launcher_builds_every_operation(device, tmp_path):
     q, k = mx.zeros((2, 4, 40, 64)), mx.zeros((2, 2, 90, 64))
     mx.export_function(str(tmp_path / "calls.mlxfn"), calls, q, k, q[:, :, :3])
     assert [tuple(r.shape) for r in results] == [q.shape, q.shape, (2, 4, 3), (2, 4, 3, 64), q.shape, (2, 4, 3, 6)]
+
+
+def test_dense_inputs_of_a_kernel_are_made_dense():
+    """What a kernel indexes without strides is copied if it has some; queries, keys and values are not."""
+    wide = mx.arange(8)
+    q, k = mx.zeros((4, 2, 64, 40)).swapaxes(2, 3), mx.zeros((4, 2, 64, 90)).swapaxes(2, 3)
+    launch = launches.prefill(q.shape, "float32")
+    inputs = kernels.kernel_inputs(launch, [q, k, k, wide[::2], (16, 1, 2, 0, 0), 90, 0.125])
+    assert [is_dense(x) for x in inputs[:5]] == [False, False, False, True, True]
+    assert inputs[3].tolist() == [0, 2, 4, 6]
+
+
+LONG_TOKENS = 65_536
+DEFAULT = PatternConfig()
+TRIANGLE = PatternConfig(name="triangle")
+
+
+@pytest.mark.parametrize(
+    ("route", "rule", "splits"),
+    [
+        ((1,), operations.FULL_RULE, 32),
+        ((1,), kernels.rule_of(DEFAULT, None), 32),
+        ((2,), kernels.rule_of(DEFAULT, None), 8),
+        ((2, 1), kernels.rule_of(DEFAULT, None), 32),
+        ((2,), kernels.rule_of(TRIANGLE, LONG_TOKENS), 32),
+        ((2,), kernels.rule_of(TRIANGLE, LONG_TOKENS - 8), 8),
+        ((2,), kernels.rule_of(PATTERN, None), 1),
+        (mx.array([2]), kernels.rule_of(PATTERN, None), 32),
+    ],
+)
+@pytest.mark.parametrize("q_tokens", [1, 8])
+def test_pieces_of_a_decode_call(route, rule, splits, q_tokens):
+    """2,176 keys of sink and window make 8 pieces; all 65,536 make the most, wherever some row may read them."""
+    assert operations.decode_splits(route, rule, q_tokens, LONG_TOKENS) == splits

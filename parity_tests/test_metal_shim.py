@@ -143,6 +143,13 @@ def test_sanitizers_see_a_read_before_the_buffer():
         run(planted("out[0] = (x - 3)[thread_index_in_simdgroup];"), numbers(64), sanitize=True)
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_a_strided_input_is_refused_where_strides_are_not_read(dtype):
+    launch = planted("out[thread_index_in_simdgroup] = float(x[thread_index_in_simdgroup]);")
+    with pytest.raises(HostError, match="reads x as dense"):
+        HostRun()(launch, [mx.array(numbers(64)).astype(dtype)[::2]])
+
+
 def test_unwritten_outputs_are_nan():
     out = run(planted("out[thread_index_in_simdgroup] = x[0];"), numbers(64))
     assert not np.isnan(out[:32]).any()

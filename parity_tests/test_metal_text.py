@@ -28,6 +28,29 @@ def test_every_kernel_is_among_the_variants():
     assert {launch.spec.name for launch, _ in ALL.values()} == set(catalog.KERNELS)
 
 
+def spaces(name: str) -> dict[str, str]:
+    """Address space of each input of a variant that is not a scalar."""
+    launch, inputs = ALL[name]
+    buffers = text.signature(text.generated_text(launch, inputs)).buffers
+    return {b.name: b.pointer.split()[1] for b in buffers if b.name in launch.spec.inputs and not b.is_reference}
+
+
+def test_both_address_spaces_of_an_input_are_among_the_variants():
+    """A route, a block table and the stats of a merge have fewer than 8 elements or not, by the shapes of a call."""
+    seen, tables = {}, set()
+    for name in (name for name in ALL if name.endswith("float16-80")):
+        found, kernel = spaces(name), ALL[name][0].spec.name
+        for buffer, space in found.items():
+            seen.setdefault((kernel, buffer), set()).add(space)
+        if kernel == "prefill_table":
+            tables.add((found["counts"], found["indices"]))
+    attention = ("prefill", "prefill_table", "decode", "decode_split")
+    either = {(kernel, "route") for kernel in attention} | {("decode_merge", "stats")}
+    either |= {("prefill_table", f"{part}{name}") for part in ("", "full_") for name in ("counts", "indices")}
+    assert {pair for pair, both in seen.items() if len(both) == 2} == either
+    assert tables == {("constant", "constant"), ("constant", "device"), ("device", "device")}
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_static_limits(name):
     launch, inputs = ALL[name]
@@ -66,6 +89,7 @@ def test_catalog_agrees_with_the_specification():
     assert set(catalog.ROUTER_PARAMETERS) == set(names)
     pattern = (catalog.MSL / "pattern.h").read_text()
     router = (catalog.MSL / "router.h").read_text()
+    assert catalog.ROUTE_SPARSE == Route.SPARSE
     assert f"kRouteSparse = {int(Route.SPARSE)};" in pattern
     assert f"kRouteFull = {int(Route.FULL)};" in router
     assert f"kQueryRows = {catalog.QUERY_ROWS};" in (catalog.MSL / "prefill.h").read_text()

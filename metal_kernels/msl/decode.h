@@ -205,10 +205,11 @@ METAL_FUNC void decode(
   }
 }
 
-// Combine the splits of one row: pieces [splits, D], stats [splits, 2]. A SIMD-group a row.
-template <typename T, int D>
+// Combine the splits of one row: pieces [splits, D], stats [splits, 2]. A SIMD-group a row. Stats is a device pointer, or
+// a constant one where all rows together have fewer than 8 of them.
+template <typename T, int D, typename Stats>
 METAL_FUNC void merge_splits(
-    const device float* pieces, const device float* stats, int splits, uint lane, device T* out, device float* lse) {
+    const device float* pieces, Stats stats, int splits, uint lane, device T* out, device float* lse) {
   float top = kNoScore;
   for (int s = int(lane); s < splits; s += 32) {
     top = max(top, stats[2 * s]);

@@ -101,6 +101,21 @@ def _data(array: mx.array | View) -> bytes:
     return to_bytes(array)
 
 
+def is_dense(array: mx.array | View) -> bool:
+    """Whether the elements lie in row-major order, one behind the other."""
+    if isinstance(array, View):
+        dense = [int(np.prod(array.shape[axis + 1 :])) for axis in range(len(array.shape))]
+        return list(array.strides) == dense
+    return memoryview(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array).c_contiguous
+
+
+def _refuse_strided(launch: Launch, arrays: list[mx.array | View]) -> None:
+    """HostError if an input has strides that the kernel does not read: a device would read other elements."""
+    for name, array in zip(launch.spec.inputs, arrays, strict=True):
+        if not launch.spec.takes_strides(name) and not is_dense(array):
+            raise HostError(f"{launch.spec.name} reads {name} as dense, and it is not.")
+
+
 def _job(launch: Launch, sign: text.Signature, arrays: dict[str, Any], schedule: str, seed: int) -> tuple[bytes, list]:
     """The job file of driver.h, and (shape, dtype) of the outputs."""
     outputs = dict(zip(launch.spec.outputs, zip(launch.output_shapes, launch.output_dtypes, strict=True), strict=True))
@@ -141,6 +156,7 @@ class HostRun:
             HostError: The kernel faulted; the message says how.
         """
         arrays = [as_array(value) for value in inputs]
+        _refuse_strided(launch, arrays)
         return self.run_source(source_of(launch, arrays), launch, arrays)
 
     def run_source(self, source: str, launch: Launch, arrays: list[Any]) -> list[mx.array]:

@@ -1,4 +1,4 @@
-"""Every kernel at every dtype and head dim, with input shapes: what is compiled and checked without running."""
+"""Every kernel at every dtype and head dim, and each address space of its inputs: what is compiled without running."""
 
 from __future__ import annotations
 
@@ -30,9 +30,30 @@ def variants(dtype: str, head_dim: int) -> list[tuple[Launch, list[tuple[tuple[i
     ]
 
 
+def corners(dtype: str, head_dim: int) -> dict[str, tuple[Launch, list[tuple[tuple[int, ...], str]]]]:
+    """Launches whose inputs lie in the other address space: MLX makes one of fewer than 8 elements `constant`."""
+    launched = {launch.spec.name: (launch, inputs) for launch, inputs in variants(dtype, head_dim)}
+    found = {}
+    for name in ("prefill", "prefill_table", "decode", "decode_split"):
+        launch, inputs = launched[name]
+        found[f"{name}-long_route"] = launch, [*inputs[:3], ((9,), "int32"), *inputs[4:]]
+    launch, inputs = launched["prefill_table"]
+    for name, lines in {"short_table": (1, 1, 2), "long_table": (1, 6, 6)}.items():
+        table = [(lines, "int32"), ((*lines, lines[2]), "int32")] * 2
+        found[f"prefill_table-{name}"] = launch, [*inputs[:4], *table, *inputs[8:]]
+    one = (1, 1, 1, head_dim)
+    pieces = [((1, 1, 1, 3, head_dim), "float32"), ((1, 1, 1, 3, 2), "float32")]
+    return found | {"decode_merge-few_stats": (launches.decode_merge(one, dtype), pieces)}
+
+
+CORNER_HEAD_DIM = 80
 ALL = {
     f"{launch.spec.name}-{dtype}-{head_dim}": (launch, inputs)
     for dtype in catalog.DTYPES
     for head_dim in catalog.HEAD_DIMS
     for launch, inputs in variants(dtype, head_dim)
+} | {
+    f"{name}-{dtype}-{CORNER_HEAD_DIM}": variant
+    for dtype in catalog.DTYPES
+    for name, variant in corners(dtype, CORNER_HEAD_DIM).items()
 }
