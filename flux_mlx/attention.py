@@ -94,7 +94,7 @@ def sparse_attention(
     """
     _check("sparse_attention", q, k, v)
     _check_impl("sparse_attention", impl)
-    if impl == "metal" or (impl is None and kernel_policy.use_metal(q, k, pattern, prompt_tokens)):
+    if impl == "metal" or (impl is None and kernel_policy.use_metal(q, k, v, pattern, prompt_tokens)):
         return kernels.sparse_attention(q, k, v, pattern, prompt_tokens=prompt_tokens, scale=scale)[0]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if prompt_tokens is None or pattern.name == "streaming":

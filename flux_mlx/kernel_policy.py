@@ -1,7 +1,8 @@
 """When the Metal kernels are used: on a Metal device, after a self-test, where they should win; else MLX operations.
 
-A variant of a kernel (operation, dtype, head dim, rows) is compared with stock attention on a small case at its first
-use. A mismatch or a failed compile means operations from then on, one warning, and a count in `flux_mlx.doctor`.
+A variant of a kernel (operation, dtype, head dim, rows) is compared with the specification on a small case at its first
+use; not with stock attention, whose float32 is TF32 on some GPUs. A mismatch or a failed compile means operations from
+then on, one warning, and a count in `flux_mlx.doctor`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from metal_kernels.operations import Run
 OPERATIONS = ("prefill", "decode", "blocks")
 SELF_TEST_TOLERANCE = {"float32": 2e-4, "float16": 5e-3, "bfloat16": 4e-2}
 TENSOR_UNIT_GENERATION = 17  # applegpu_g17: M5, whose stock prefill runs on tensor units
-_TEST_PATTERN = PatternConfig(block_size=16, sink_tokens=16, window_tokens=32)
-_TEST_BLOCKS = PatternConfig(name="xattention", block_size=16, stride=4, threshold=0.6)
+_TEST_KV_TOKENS = 171
+_TEST_PATTERN = PatternConfig(block_size=48, sink_tokens=20, window_tokens=40)
+_TEST_BLOCKS = PatternConfig(name="xattention", block_size=48, stride=4, threshold=0.6)
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,14 @@ class Record:
 RECORD = Record()
 
 
-def variant_of(q: mx.array, k: mx.array, pattern: PatternConfig, prompt_tokens: int | None) -> Variant | None:
-    """The variant that a sparse call needs; None if no kernel takes its dtype or head dim."""
+def variant_of(
+    q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None
+) -> Variant | None:
+    """The variant that a sparse call needs; None if no kernel takes its dtype or head dims."""
     _, heads, q_tokens, head_dim = q.shape
     dtype = kernels.dtype_name(q)
+    if k.shape != v.shape:
+        return None
     if dtype not in catalog.DTYPES or head_dim not in catalog.HEAD_DIMS:
         return None
     if pattern.name == "xattention" and prompt_tokens is not None:
@@ -74,14 +80,16 @@ def variant_of(q: mx.array, k: mx.array, pattern: PatternConfig, prompt_tokens: 
     return Variant("prefill", dtype, head_dim)
 
 
-def use_metal(q: mx.array, k: mx.array, pattern: PatternConfig, prompt_tokens: int | None = None) -> bool:
+def use_metal(q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None = None) -> bool:
     """Whether a sparse call without a named `impl` should go to the Metal kernels. Full attention stays stock.
 
-    The kernels have no gradient: training must not ask. Shapes as in `kernels.sparse_attention`.
+    Shapes as in `kernels.sparse_attention`.
     """
     if not kernels.is_available():
         return False
-    variant = variant_of(q, k, pattern, prompt_tokens)
+    if mx.default_device().type != mx.gpu:
+        return _decline("the default device is not the GPU")
+    variant = variant_of(q, k, v, pattern, prompt_tokens)
     if variant is None:
         return _decline("unsupported dtype or head dim")
     if not expects_to_win(variant.operation, pattern, k.shape[2]):
@@ -98,26 +106,29 @@ def _decline(reason: str) -> bool:
 
 
 def expects_to_win(operation: str, pattern: PatternConfig, kv_tokens: int) -> bool:
-    """Whether the kernel should beat the composition of stock calls, by calibration, else by arithmetic.
+    """Whether the kernel should beat the composition of stock calls: by calibration, else by arithmetic.
 
-    By arithmetic (metal_kernels/README.md): a dense call is stock's; decode in place saves the copy of sink and window;
-    gathered blocks always lose; streaming prefill wins but where stock attention has tensor units.
+    A dense call is always stock's. By arithmetic (metal_kernels/README.md): decode in place saves the copy of sink and
+    window; gathered blocks always lose; streaming prefill wins but where stock attention has tensor units.
     """
+    if operation != "blocks" and pattern.is_dense(kv_tokens):
+        return False
     choice = calibration()
     if operation in choice:
         shortest = choice[operation]
         return shortest is not None and kv_tokens >= shortest
-    if operation == "blocks":
-        return True
-    if pattern.is_dense(kv_tokens):
-        return False
-    return operation == "decode" or gpu_generation() < TENSOR_UNIT_GENERATION
+    return operation in ("blocks", "decode") or gpu_generation() < TENSOR_UNIT_GENERATION
+
+
+def gpu_info() -> dict[str, Any]:
+    """What MLX knows of the GPU, whatever the default device is; of the CPU where there is no GPU."""
+    return mx.device_info(mx.gpu) if kernels.is_available() else mx.device_info()
 
 
 @cache
 def gpu_generation() -> int:
     """13 for M1, 14 for M2, ... from the device's architecture name (applegpu_g13s); 0 if it has another form."""
-    name = str(mx.device_info().get("architecture", ""))
+    name = str(gpu_info().get("architecture", ""))
     digits = "".join(c for c in name.partition("applegpu_g")[2] if c.isdigit())
     return int(digits) if digits else 0
 
@@ -139,39 +150,49 @@ def verdict(variant: Variant, run: Run = kernels.metal_run) -> str:
 
 
 def self_test(variant: Variant, run: Run = kernels.metal_run) -> str:
-    """Compare the variant with stock attention under a mask: "" if they agree, else what is wrong."""
+    """Compare the variant with `flux_mlx.spec` in float64: "" if they agree, else what is wrong."""
     try:
         error = _self_test_error(variant, run)
     except Exception as failure:  # a Metal compiler error is a RuntimeError, but whatever fails here must not pass
         return f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
     allowed = SELF_TEST_TOLERANCE[variant.dtype]
-    return "" if error <= allowed else f"differs from stock attention by {error:.3g}, allowed {allowed:g}"
+    return "" if error <= allowed else f"differs from the specification by {error:.3g}, allowed {allowed:g}"
 
 
 def _self_test_error(variant: Variant, run: Run) -> float:
-    group = variant.rows if variant.operation == "decode" else 2
-    q_tokens, kv_tokens = (1, 93) if variant.operation == "decode" else (41, 77)
-    rng = np.random.default_rng(0)
-    shapes = (1, 2 * group, q_tokens), (1, 2, kv_tokens), (1, 2, kv_tokens)
-    dtype = getattr(mx, variant.dtype)
-    q, k, v = (mx.array(rng.standard_normal((*s, variant.head_dim)).astype(np.float32)).astype(dtype) for s in shapes)
-    pattern = _TEST_BLOCKS if variant.operation == "blocks" else _TEST_PATTERN
-    prompt = kv_tokens if variant.operation == "blocks" else None
-    mask = mx.array(_stock_mask(q, k, pattern, prompt))
-    expected = mx.fast.scaled_dot_product_attention(q, k, v, scale=variant.head_dim**-0.5, mask=mask)
-    results = [kernels.sparse_attention(q, k, v, pattern, prompt_tokens=prompt, run=run)[0]]
-    if variant.operation == "decode":
-        results.append(kernels.sparse_attention(q, k, v, pattern, splits=2, run=run)[0])
-    errors = [mx.abs(out.astype(mx.float32) - expected.astype(mx.float32)).max().item() for out in results]
-    return max(errors) if np.isfinite(errors).all() else float("inf")
+    """Largest error of outputs and lse (and block masses) over the kernels of a variant; inf if one is not finite."""
+    q, k, v = _self_test_tensors(variant)
+    if variant.operation == "blocks":
+        prompt = k.shape[2]
+        results = [kernels.sparse_attention(q, k, v, _TEST_BLOCKS, prompt_tokens=prompt, run=run)]
+        kept = np.array(xattention.select_blocks(q, k, _TEST_BLOCKS))
+        mask = spec.expand_blocks(kept, _TEST_BLOCKS.block_size, q.shape[2], prompt)
+    else:
+        splits = (1, 2) if variant.operation == "decode" else (None,)
+        results = [kernels.sparse_attention(q, k, v, _TEST_PATTERN, splits=n, run=run) for n in splits]
+        mask = spec.visible_mask(_TEST_PATTERN, q.shape[2], k.shape[2])
+    q_, k_, v_ = (np.array(x.astype(mx.float32)) for x in (q, k, v))
+    expected = spec.masked_attention(q_, k_, v_, mask, variant.head_dim**-0.5)
+    pairs = [pair for result in results for pair in zip(result, expected, strict=True)]
+    if variant.operation == "blocks":
+        mass = spec.block_mass(q_, k_, _TEST_BLOCKS.block_size, _TEST_BLOCKS.stride)
+        pairs.append((kernels.block_mass(q, k, _TEST_BLOCKS, run=run), mass))
+    errors = [np.abs(np.array(got.astype(mx.float32)) - want).max() for got, want in pairs]
+    return float(max(errors)) if np.isfinite(errors).all() else float("inf")
 
 
-def _stock_mask(q: mx.array, k: mx.array, pattern: PatternConfig, prompt_tokens: int | None) -> np.ndarray:
-    q_tokens, kv_tokens = q.shape[2], k.shape[2]
-    if prompt_tokens is None:
-        return spec.visible_mask(pattern, q_tokens, kv_tokens)
-    kept = np.array(xattention.select_blocks(q, k, pattern))
-    return spec.expand_blocks(kept, pattern.block_size, q_tokens, kv_tokens)
+def _self_test_tensors(variant: Variant) -> list[mx.array]:
+    """q, k and v of a case whose tiles and rows have rests; k and v are cut from longer buffers, NaN behind."""
+    is_decode = variant.operation == "decode"
+    group, q_tokens = {1: (1, 1), 2: (2, 1), 4: (2, 3)}[variant.rows] if is_decode else (2, 41)
+    rng, dtype = np.random.default_rng(0), getattr(mx, variant.dtype)
+
+    def draw(heads: int, tokens: int, spare: int) -> mx.array:
+        values = np.full((2, heads, tokens + spare, variant.head_dim), np.nan, np.float32)
+        values[:, :, :tokens] = rng.standard_normal((2, heads, tokens, variant.head_dim))
+        return mx.array(values).astype(dtype)[:, :, :tokens]
+
+    return [draw(group, q_tokens, 0), *(draw(1, _TEST_KV_TOKENS, 19) for _ in range(2))]
 
 
 def calibration_path() -> Path:
@@ -182,7 +203,7 @@ def calibration_path() -> Path:
 
 def machine() -> dict[str, Any]:
     """What a calibration holds for: device and mlx version."""
-    return {"device": mx.device_info().get("device_name", "unknown"), "mlx": mx.__version__}
+    return {"device": gpu_info().get("device_name", "unknown"), "mlx": mx.__version__}
 
 
 @cache

@@ -34,6 +34,7 @@ def record(monkeypatch, tmp_path):
 def device(monkeypatch, record):
     """Pretend that a Metal device of an M3's generation is there."""
     monkeypatch.setattr(kernels, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     monkeypatch.setattr(kernel_policy, "gpu_generation", lambda: 15)
     monkeypatch.setattr(kernel_policy, "self_test", lambda variant, run: "")
     return record
@@ -53,11 +54,46 @@ def test_self_test_passes_on_right_kernels(operation, dtype, head_dim):
     assert kernel_policy.self_test(Variant(operation, dtype, head_dim, 4), HostRun()) == ""
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_self_test_of_a_decode_threadgroup_with_fewer_rows(rows):
+    assert kernel_policy.self_test(Variant("decode", "float16", 64, rows), HostRun()) == ""
+
+
 def test_self_test_sees_a_wrong_result():
     def wrong(launch, inputs):
         return [x * 1.01 for x in HostRun()(launch, inputs)]
 
-    assert "differs from stock attention" in kernel_policy.self_test(PREFILL, wrong)
+    assert "differs from the specification" in kernel_policy.self_test(PREFILL, wrong)
+
+
+def test_self_tests_launch_every_kernel_that_the_policy_can_reach(monkeypatch):
+    tested, reached = set(), set()
+
+    def run_and_note(launch, inputs):
+        tested.add(launch.spec.name)
+        return HostRun()(launch, inputs)
+
+    def note(launch, inputs):
+        reached.add(launch.spec.name)
+        return [mx.zeros(s, getattr(mx, d)) for s, d in zip(launch.output_shapes, launch.output_dtypes, strict=True)]
+
+    for operation in kernel_policy.OPERATIONS:
+        assert kernel_policy.self_test(Variant(operation, "float16", 64), run_and_note) == ""
+    k = mx.zeros((1, 1, 700, 64))
+    for q, pattern in ((k[:, :, :9], PATTERN), (k[:, :, :1], PATTERN), (k[:, :, :1], PatternConfig(window_tokens=512))):
+        kernels.sparse_attention(q, k, k, pattern, run=note)
+    monkeypatch.setattr(kernels, "MAX_SCORE_BYTES", 0)
+    kernels.sparse_attention(k, k, k, PatternConfig(name="xattention"), prompt_tokens=700, run=note)
+    assert tested == reached == set(catalog.KERNELS) - {"router_pool", "router_decide"}
+
+
+def test_self_test_sees_a_wrong_lse_and_a_wrong_mass():
+    def wrong(launch, inputs):
+        *most, last = HostRun()(launch, inputs)
+        return [*most, last * 1.01] if launch.spec.name in ("prefill", "block_mass") else [*most, last]
+
+    for operation in ("prefill", "blocks"):
+        assert "differs" in kernel_policy.self_test(Variant(operation, "float32", 64), wrong)
 
 
 def test_self_test_sees_nan():
@@ -82,40 +118,60 @@ def test_a_failure_warns_once_and_falls_back(record):
 def test_without_a_device_nothing_is_tried(record):
     if kernels.is_available():
         pytest.skip("there is a Metal device")
-    assert not kernel_policy.use_metal(queries(), keys(), PATTERN)
+    assert not kernel_policy.use_metal(queries(), keys(), keys(), PATTERN)
     assert record.verdicts == {}
 
 
 def test_sparse_calls_go_to_metal_where_it_should_win(device):
-    assert kernel_policy.use_metal(queries(), keys(), PATTERN)
-    assert kernel_policy.use_metal(queries(1), keys(), PATTERN)
-    assert kernel_policy.use_metal(queries(), keys(), PatternConfig(name="xattention"), prompt_tokens=400)
+    assert kernel_policy.use_metal(queries(), keys(), keys(), PATTERN)
+    assert kernel_policy.use_metal(queries(1), keys(), keys(), PATTERN)
+    assert kernel_policy.use_metal(queries(), keys(), keys(), PatternConfig(name="xattention"), prompt_tokens=400)
     assert device.calls == {"metal": 3}
     assert {v.operation for v in device.verdicts} == {"prefill", "decode", "blocks"}
 
 
 def test_what_stays_with_operations(device, monkeypatch):
-    assert not kernel_policy.use_metal(queries(), keys(40), PATTERN)
-    assert not kernel_policy.use_metal(queries(head_dim=72), keys(), PATTERN)
-    assert not kernel_policy.use_metal(queries(dtype=mx.complex64), keys(), PATTERN)
+    assert not kernel_policy.use_metal(queries(), keys(40), keys(40), PATTERN)
+    assert not kernel_policy.use_metal(queries(head_dim=72), keys(), keys(), PATTERN)
+    assert not kernel_policy.use_metal(queries(dtype=mx.complex64), keys(), keys(), PATTERN)
+    assert not kernel_policy.use_metal(queries(), keys(), keys()[..., :32], PATTERN)
     monkeypatch.setattr(kernel_policy, "gpu_generation", lambda: kernel_policy.TENSOR_UNIT_GENERATION)
-    assert not kernel_policy.use_metal(queries(), keys(), PATTERN)
-    assert kernel_policy.use_metal(queries(1), keys(), PATTERN)
-    assert device.calls == {"ops: operations should be faster": 2, "ops: unsupported dtype or head dim": 2, "metal": 1}
+    assert not kernel_policy.use_metal(queries(), keys(), keys(), PATTERN)
+    assert kernel_policy.use_metal(queries(1), keys(), keys(), PATTERN)
+    assert device.calls == {"ops: operations should be faster": 2, "ops: unsupported dtype or head dim": 3, "metal": 1}
 
 
 def test_a_failed_self_test_is_counted(device, monkeypatch):
     monkeypatch.setattr(kernel_policy, "self_test", lambda variant, run: "wrong")
     with pytest.warns(RuntimeWarning, match="wrong"):
-        assert not kernel_policy.use_metal(queries(), keys(), PATTERN)
+        assert not kernel_policy.use_metal(queries(), keys(), keys(), PATTERN)
     assert device.calls == {"ops: self-test failed": 1}
 
 
 def test_calibration_decides(device):
     kernel_policy.write_calibration({"prefill": 300, "decode": None})
-    assert kernel_policy.use_metal(queries(), keys(400), PATTERN)
-    assert not kernel_policy.use_metal(queries(), keys(200), PATTERN)
-    assert not kernel_policy.use_metal(queries(1), keys(400), PATTERN)
+    assert kernel_policy.use_metal(queries(), keys(400), keys(400), PATTERN)
+    assert not kernel_policy.use_metal(queries(), keys(200), keys(200), PATTERN)
+    assert not kernel_policy.use_metal(queries(1), keys(400), keys(400), PATTERN)
+    kernel_policy.write_calibration({"prefill": 1})
+    assert not kernel_policy.use_metal(queries(), keys(40), keys(40), PATTERN), "dense, whatever a calibration says"
+
+
+def test_a_default_device_that_is_no_gpu_stays_with_operations(device, monkeypatch):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+    assert not kernel_policy.use_metal(queries(), keys(), keys(), PATTERN)
+    assert device.calls == {"ops: the default device is not the GPU": 1}
+
+
+@pytest.mark.parametrize(
+    ("generation", "variable", "tolerance"), [(15, None, 1e-4), (17, None, 2e-2), (17, "1", 2e-2), (17, "0", 1e-4)]
+)
+def test_tolerance_of_float32_operations_knows_tf32(device, monkeypatch, generation, variable, tolerance):
+    monkeypatch.setattr(kernel_policy, "gpu_generation", lambda: generation)
+    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+    if variable:
+        monkeypatch.setenv("MLX_ENABLE_TF32", variable)
+    assert doctor.operations_tolerance() == tolerance
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"choice": 3}', '{"machine": {}, "choice": {"decode": "x"}}'])
@@ -134,7 +190,7 @@ def test_a_calibration_of_another_machine_counts_as_none(record, monkeypatch):
 
 @pytest.mark.parametrize(("name", "generation"), [("applegpu_g13s", 13), ("applegpu_g17p", 17), ("x86_64", 0)])
 def test_generation_of_a_gpu(monkeypatch, name, generation):
-    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": name})
+    monkeypatch.setattr(kernel_policy, "gpu_info", lambda: {"architecture": name})
     kernel_policy.gpu_generation.cache_clear()
     try:
         assert kernel_policy.gpu_generation() == generation
@@ -198,8 +254,9 @@ def test_calibrating_needs_a_device(capsys):
     assert "needs a Metal device" in capsys.readouterr().err
 
 
-def test_the_launcher_builds_every_operation(device, tmp_path):
+def test_the_launcher_builds_every_operation(device, monkeypatch, tmp_path):
     """`metal_run` hands MLX calls that it accepts: recorded while a function is exported, which needs no device."""
+    monkeypatch.setattr(mx, "contiguous", lambda x: x)  # MLX cannot export it
 
     results = []
 

@@ -34,7 +34,7 @@ def compile_variants() -> list[str]:
 
 
 def self_test_variants() -> list[str]:
-    """Variants that agree with stock attention on this device. Raises RuntimeError at the first that does not."""
+    """Variants that agree with the specification on this device. Raises RuntimeError at the first that does not."""
     variants = doctor.all_variants()
     for variant in variants:
         problem = kernel_policy.self_test(variant)
