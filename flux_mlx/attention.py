@@ -82,7 +82,7 @@ def sparse_attention(
         pattern: Which keys a query sees.
         prompt_tokens: Length of the whole prompt in exact prefill; None (chunked calls, decode) means streaming.
         scale: Multiplier of the scores, D**-0.5 by default.
-        impl: "ops" (compositions of stock attention calls, the only one with a gradient) or "metal" (our kernels);
+        impl: "ops" (compositions of stock attention calls) or "metal" (our kernels; their gradient is that of "ops");
             never replaced when named. None: what `kernel_policy.use_metal` says.
 
     Returns:
@@ -94,9 +94,31 @@ def sparse_attention(
     """
     _check("sparse_attention", q, k, v)
     _check_impl("sparse_attention", impl)
-    if impl == "metal" or (impl is None and kernel_policy.use_metal(q, k, v, pattern, prompt_tokens)):
-        return kernels.sparse_attention(q, k, v, pattern, prompt_tokens=prompt_tokens, scale=scale)[0]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if impl == "metal" or (impl is None and kernel_policy.use_metal(q, k, v, pattern, prompt_tokens)):
+        return _by_metal(q, k, v, pattern, prompt_tokens, scale)
+    return _by_operations(q, k, v, pattern, prompt_tokens, scale)
+
+
+def _by_metal(
+    q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None, scale: float
+) -> mx.array:
+    """The kernels, which have no gradient of their own: it is recomputed by operations."""
+
+    @mx.custom_function
+    def forward(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return kernels.sparse_attention(q, k, v, pattern, prompt_tokens=prompt_tokens, scale=scale)[0]
+
+    @forward.vjp
+    def backward(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> list[mx.array]:
+        return mx.vjp(lambda *qkv: _by_operations(*qkv, pattern, prompt_tokens, scale), primals, [cotangent])[1]
+
+    return forward(q, k, v)
+
+
+def _by_operations(
+    q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None, scale: float
+) -> mx.array:
     if prompt_tokens is None or pattern.name == "streaming":
         return streaming.attend(q, k, v, pattern, scale)
     if pattern.name == "triangle":

@@ -7,9 +7,10 @@ import warnings
 from dataclasses import replace
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
-from flux_mlx import doctor, kernel_policy, kernels
+from flux_mlx import attention, doctor, kernel_policy, kernels
 from flux_mlx.kernel_policy import Variant
 from flux_mlx.spec import PatternConfig, RouterConfig
 from metal_kernels import catalog, launches, operations
@@ -288,6 +289,37 @@ def test_dense_inputs_of_a_kernel_are_made_dense():
     inputs = kernels.kernel_inputs(launch, [q, k, k, wide[::2], (16, 1, 2, 0, 0), 90, 0.125])
     assert [is_dense(x) for x in inputs[:5]] == [False, False, False, True, True]
     assert inputs[3].tolist() == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("impl", [None, "metal"])
+@pytest.mark.parametrize("name", ["streaming", "triangle"])
+def test_the_gradient_through_the_kernels_is_that_of_operations(device, monkeypatch, name, impl):
+    """Forward by the kernels, backward by operations."""
+    ran = []
+
+    def on_host(*qkv, **options):
+        ran.append(name)
+        return kernel(*qkv, **options, run=HostRun())
+
+    kernel = kernels.sparse_attention
+    monkeypatch.setattr(kernels, "sparse_attention", on_host)
+    pattern = PatternConfig(name=name, block_size=16, sink_tokens=16, window_tokens=32, last_tokens=5)
+    q, k, v = (mx.random.normal((1, heads, n, 64)) for heads, n in ((2, 12), (1, 70), (1, 70)))
+
+    def value_and_grad(impl):
+        def loss(q, k, v):
+            out = attention.sparse_attention(q, k, v, pattern, prompt_tokens=70, scale=0.2, impl=impl)
+            return (out * mx.arange(64)).sum()
+
+        return mx.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    value, gradient = value_and_grad(impl)
+    assert ran == [name]
+    expected_value, expected = value_and_grad("ops")
+    assert abs(value.item() - expected_value.item()) < 1e-4 * abs(expected_value.item())
+    for got, want in zip(gradient, expected, strict=True):
+        assert mx.abs(want).max().item() > 0
+        np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-5, atol=1e-4)
 
 
 LONG_TOKENS = 65_536
