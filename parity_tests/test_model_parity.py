@@ -27,13 +27,13 @@ torch.set_num_threads(2)
 PATTERN = PatternConfig(block_size=8, sink_tokens=8, window_tokens=16, last_tokens=20, stride=4, threshold=0.7)
 FAMILIES = {
     "llama": {},
-    "qwen2": {"head_dim": 16},
+    "qwen2": {},
     "qwen3": {},
-    "mistral": {"head_dim": 16, "sliding_window": None},
-    "olmo2": {"head_dim": 16, "eos_token_id": 2},
-    "smollm3": {"head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-    "cohere": {"head_dim": 16, "tie_word_embeddings": True, "eos_token_id": 2},
-    "gemma3_text": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": None},
+    "olmo2": {"eos_token_id": 2},
+    "smollm3": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "cohere": {"tie_word_embeddings": True, "eos_token_id": 2},
+    "gemma3_text": {"tie_word_embeddings": True, "hidden_size": 64},  # MLX rounds its root to bfloat16: 8 is exact
 }
 """Families that both libraries have, with the settings that both must be told."""
 
