@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from flux_mlx import doctor, kernel_policy, kernels
+from metal_kernels.catalog import KERNELS
 from parity_tests.host_shim.backend import metal_backend
 from parity_tests.properties import within_budget
-from parity_tests.test_metal_grid import COARSE, GRID
+from parity_tests.test_metal_grid import COARSE, GRID, kernels_that_run
 
 if not kernels.is_available():
     pytest.skip("no Metal device", allow_module_level=True)
@@ -23,6 +24,10 @@ def test_attention(name):
 @pytest.mark.parametrize("variant", doctor.all_variants(), ids=str)
 def test_self_test(variant):
     assert kernel_policy.self_test(variant) == ""
+
+
+def test_every_kernel_of_the_catalog_runs_on_the_device():
+    assert kernels_that_run(kernels.metal_run) == set(KERNELS)
 
 
 def test_a_sliced_cache_is_read_in_place():
