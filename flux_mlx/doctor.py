@@ -27,7 +27,10 @@ LENGTHS_TOKENS = (1024, 4096, 16384, 32768)
 CPU_LENGTHS_TOKENS = (256, 1024)
 SHAPE = {"q_heads": 32, "kv_heads": 8, "head_dim": 128}
 CPU_SHAPE = {"q_heads": 4, "kv_heads": 2, "head_dim": 64}
+MARGIN = 0.05  # by how much the kernel must be faster to be chosen
 _REPEATS = 5
+_CALLS = 50  # most calls of one evaluation: a single short call measures its launch
+_EVALUATION_S = 0.1  # how long one should take
 
 
 def versions() -> dict[str, str]:
@@ -77,14 +80,21 @@ def check_operations() -> list[dict[str, Any]]:
 
 
 def _milliseconds(call: Callable[[], Any]) -> float:
-    """Median of a few timed calls after one to warm up."""
-    mx.eval(call())
-    times = []
-    for _ in range(_REPEATS):
+    """Time of a call: median of a few evaluations of several independent calls each, after a warm-up."""
+
+    def seconds(calls: int) -> float:
         start = time.perf_counter()
-        mx.eval(call())
-        times.append(time.perf_counter() - start)
-    return round(1e3 * float(np.median(times)), 4)
+        mx.eval([call() for _ in range(calls)])
+        return (time.perf_counter() - start) / calls
+
+    seconds(1)
+    calls = max(1, min(_CALLS, int(_EVALUATION_S / seconds(1))))
+    return round(1e3 * float(np.median([seconds(calls) for _ in range(_REPEATS)])), 4)
+
+
+def _note(text: str) -> None:
+    """Progress, to stderr: compiling and timing take minutes."""
+    sys.stderr.write(f"doctor: {text}\n")
 
 
 def _tensors(q_tokens: int, kv_tokens: int) -> list[mx.array]:
@@ -96,12 +106,14 @@ def _tensors(q_tokens: int, kv_tokens: int) -> list[mx.array]:
 
 
 def _benchmark_row(operation: str, kv_tokens: int) -> dict[str, Any]:
+    _note(f"timing {operation} over {kv_tokens} keys")
     q, k, v = _tensors(kv_tokens if operation == "prefill" else 1, kv_tokens)
     variant = kernel_policy.variant_of(q, k, v, PATTERN, None)
     usable = kernels.is_available() and variant is not None and not kernel_policy.verdict(variant)
     return {
         "operation": operation,
         "kv_tokens": kv_tokens,
+        "default": "metal" if kernel_policy.use_metal(q, k, v, PATTERN) else "ops",
         "full_ms": _milliseconds(lambda: attention.full_attention(q, k, v, impl="ops")),
         "ops_ms": _milliseconds(lambda: attention.sparse_attention(q, k, v, PATTERN, impl="ops")),
         "metal_ms": _milliseconds(lambda: kernels.sparse_attention(q, k, v, PATTERN)[0]) if usable else None,
@@ -109,17 +121,19 @@ def _benchmark_row(operation: str, kv_tokens: int) -> dict[str, Any]:
 
 
 def benchmark(lengths_tokens: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Milliseconds of one attention call: full, sparse by operations, sparse by Metal (None without it)."""
+    """Milliseconds of one attention call: full, sparse by operations, sparse by Metal (None without it); and which of
+    the two a sparse call without `impl` takes.
+    """
     return [_benchmark_row(operation, n) for operation in ("prefill", "decode") for n in lengths_tokens]
 
 
 def choose(rows: list[dict[str, Any]]) -> dict[str, int | None]:
-    """From which length on each operation's kernel wins in every row of a benchmark; None: never."""
+    """From which length on each operation's kernel wins by MARGIN in every row of a benchmark; None: never."""
     choice: dict[str, int | None] = {}
     for operation in ("prefill", "decode"):
         shortest = None
         for row in sorted((r for r in rows if r["operation"] == operation), key=lambda r: -r["kv_tokens"]):
-            if row["metal_ms"] is None or row["metal_ms"] >= row["ops_ms"]:
+            if row["metal_ms"] is None or row["metal_ms"] >= (1 - MARGIN) * row["ops_ms"]:
                 break
             shortest = row["kv_tokens"]
         choice[operation] = shortest
@@ -128,16 +142,18 @@ def choose(rows: list[dict[str, Any]]) -> dict[str, int | None]:
 
 def examine(lengths_tokens: tuple[int, ...]) -> dict[str, Any]:
     """The whole report as JSON values."""
-    metal = kernels.is_available()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        policy = kernel_policy.report(all_variants if metal else None)
+    if kernels.is_available():
+        _note(f"compiling and checking {len(all_variants())} kernel variants")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            kernel_policy.report(all_variants)
+    rows = benchmark(lengths_tokens)
     return {
         "versions": versions(),
         "device": device(),
         "operations": check_operations(),
-        "kernels": policy,
-        "benchmark": benchmark(lengths_tokens),
+        "kernels": kernel_policy.report(),
+        "benchmark": rows,
     }
 
 
@@ -156,11 +172,11 @@ def as_text(report: dict[str, Any]) -> str:
         lines += [f"  {v['operation']} {v['dtype']} D {v['head_dim']}: {v['problem']}" for v in broken]
     lines += [f"calls, {name}: {n}" for name, n in report["kernels"]["calls"].items()]
     lines += [f"calibration: {report['kernels']['calibration'] or 'none'}", ""]
-    lines.append("ms a call     keys     full      ops    metal")
+    lines.append("ms a call     keys     full      ops    metal  default")
     for row in report["benchmark"]:
         cells = (row[key] for key in ("full_ms", "ops_ms", "metal_ms"))
         shown = " ".join("       -" if ms is None else f"{ms:8.3f}" for ms in cells)
-        lines.append(f"{row['operation']:9} {row['kv_tokens']:8} {shown}")
+        lines.append(f"{row['operation']:9} {row['kv_tokens']:8} {shown}  {row['default']}")
     return "\n".join(lines)
 
 

@@ -205,6 +205,8 @@ def test_choice_from_a_benchmark():
         for operation, times in (("prefill", (3.0, 1.0, 1.0)), ("decode", (1.0, 1.0, 2.5)))
         for n, ms in zip((100, 200, 400), times, strict=True)
     ]
+    close = [{"operation": "prefill", "kv_tokens": 100, "ops_ms": 2.0, "metal_ms": ms} for ms in (1.91, 1.89)]
+    assert [doctor.choose([row])["prefill"] for row in close] == [None, 100]
     assert doctor.choose(rows) == {"prefill": 200, "decode": None}
     assert doctor.choose([row | {"metal_ms": None} for row in rows]) == {"prefill": None, "decode": None}
 
@@ -212,13 +214,25 @@ def test_choice_from_a_benchmark():
 def test_doctor_reports_as_text_and_json(record, tmp_path, capsys):
     target = tmp_path / "report.json"
     assert doctor.main(["--lengths", "64", "--json", str(target)]) == 0
-    shown, report = capsys.readouterr().out, json.loads(target.read_text())
+    (shown, progress), report = capsys.readouterr(), json.loads(target.read_text())
+    assert "timing decode over 64 keys" in progress
     assert "operations, streaming" in shown
     if not kernels.is_available():
         assert "Metal not available" in shown
         assert report["kernels"]["variants"] == []
     assert [row["kv_tokens"] for row in report["benchmark"]] == [64, 64]
     assert all(row["error"] < 1e-4 for row in report["operations"])
+
+
+def test_doctor_counts_what_the_policy_chose(device, monkeypatch):
+    """On a device each timed row also asks the policy, so that the report has its counts and reasons."""
+    monkeypatch.setattr(doctor, "all_variants", list)
+    monkeypatch.setattr(mx, "device_info", lambda *_: {"architecture": "applegpu_g15s"})
+    monkeypatch.setattr(doctor, "SHAPE", doctor.CPU_SHAPE)
+    monkeypatch.setattr(kernels, "sparse_attention", lambda q, k, v, pattern: [q])
+    report = doctor.examine((32,))
+    assert report["kernels"]["calls"] == {"ops: operations should be faster": 2}
+    assert [row["default"] for row in report["benchmark"]] == ["ops", "ops"]
 
 
 def test_doctor_lists_broken_kernels():

@@ -22,7 +22,7 @@ from metal_kernels.catalog import Launch
 from parity_tests.backends import Arrays, Backend, float32_mass
 from parity_tests.host_shim.build import BuildError
 from parity_tests.host_shim.mutations import MUTANTS, Mutant
-from parity_tests.host_shim.run import HostError, HostRun, as_array, source_of
+from parity_tests.host_shim.run import HostError, HostRun, HostTimeoutError, as_array, source_of
 from parity_tests.properties import within_budget
 from parity_tests.strategies import Case
 from parity_tests.tolerances import Reference
@@ -175,7 +175,11 @@ PROBES: tuple[tuple[Callable[..., list[str]], str, object], ...] = (
 
 
 def verdict(mutant: Mutant | None) -> str:
-    """ "killed: why" or "survived". Raises StillbornError if the mutant does not compile or no probe runs it."""
+    """ "killed by ...", "survived", or "timed out ...", which says nothing.
+
+    Raises:
+        StillbornError: The mutant does not compile, or no probe runs it.
+    """
     reached = False
     for probe, schedule, sizes in PROBES:
         if mutant is not None and not mutant.concerns(probe.__name__):
@@ -184,6 +188,8 @@ def verdict(mutant: Mutant | None) -> str:
             reached |= bool(probe(mutant, schedule, sizes))
         except BuildError as error:
             raise StillbornError(f"{mutant}: {error}") from None
+        except HostTimeoutError:
+            return f"timed out in {probe.__name__[1:]}, {schedule}"
         except (AssertionError, HostError) as error:
             return f"killed by {probe.__name__[1:]}, {schedule}: {' '.join(str(error).split())[:90]}"
     if mutant is not None and not reached:
@@ -206,11 +212,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/metal_mutants.json"))
     options = parser.parse_args()
     verdicts = score()
-    killed = sum(not text.startswith("survived") for text in verdicts.values())
+    killed, timed_out = (sum(v.startswith(word) for v in verdicts.values()) for word in ("killed", "timed out"))
     report = {
         "command": "python -m parity_tests.host_shim.mutants",
         "mutants": len(verdicts),
         "killed": killed,
+        "timed_out": timed_out,
         "score": round(killed / len(verdicts), 4),
         "verdicts": [asdict(mutant) | {"verdict": verdicts[mutant.name]} for mutant in MUTANTS],
     }

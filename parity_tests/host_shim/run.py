@@ -22,6 +22,10 @@ class HostError(RuntimeError):
     """The kernel did what a GPU would not forgive: out-of-bounds access, deadlock, divergence."""
 
 
+class HostTimeoutError(HostError):
+    """The kernel did not end in time: it hangs, or the machine is busy."""
+
+
 @dataclass(frozen=True)
 class View:
     """A strided view of a buffer, as a sliced cache is on the device.
@@ -185,7 +189,7 @@ def _execute(program: Path, job: bytes, timeout_s: int) -> bytes:
         try:
             done = subprocess.run(command, capture_output=True, timeout=timeout_s, env=environment)
         except subprocess.TimeoutExpired:
-            raise HostError(f"the kernel did not end within {timeout_s} s") from None
+            raise HostTimeoutError(f"the kernel did not end within {timeout_s} s") from None
         if done.returncode:
             raise HostError(f"exit code {done.returncode}: {done.stderr.decode(errors='replace')[-2000:]}")
         return result_file.read_bytes()
