@@ -34,13 +34,22 @@ METAL_FUNC DecodeRow decode_row(int index, int kv_head, int heads_per_kv, int q_
   return row;
 }
 
-// Channels lane * E, ... of token `token`, as float32; 0 past D.
-template <typename T, int D, int E>
-METAL_FUNC void load_channels(Rows<T> rows, int token, uint lane, thread float* values) {
+template <bool DENSE, typename T, int D, int E>
+METAL_FUNC void load_row(Rows<T> rows, int token, uint lane, thread float* values) {
   const device T* source = rows.data + token * rows.token_stride;
   for (int e = 0; e < E; e++) {
     const int channel = int(lane) * E + e;
-    values[e] = channel < D ? float(source[channel * rows.channel_stride]) : 0.0f;
+    values[e] = channel < D ? float(channel_of<DENSE>(source, rows.channel_stride, channel)) : 0.0f;
+  }
+}
+
+// Channels lane * E, ... of token `token`, as float32; 0 past D. The choice is the same for all threads.
+template <typename T, int D, int E>
+METAL_FUNC void load_channels(Rows<T> rows, int token, uint lane, thread float* values) {
+  if (rows.channel_stride == 1) {
+    load_row<true, T, D, E>(rows, token, lane, values);
+  } else {
+    load_row<false, T, D, E>(rows, token, lane, values);
   }
 }
 

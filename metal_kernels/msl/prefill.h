@@ -52,9 +52,8 @@ METAL_FUNC void begin_row(thread RowState<T, D>& state, Rows<T> q, int q_row, Se
   state.total = 0.0f;
 }
 
-// Copy tokens [first, first + count) to tile [kKeys, kStride], zeros behind them.
-template <typename T, int D>
-METAL_FUNC void stage(Rows<T> rows, int first, int count, threadgroup T* tile, uint thread_index) {
+template <bool DENSE, typename T, int D>
+METAL_FUNC void stage_channels(Rows<T> rows, int first, int count, threadgroup T* tile, uint thread_index) {
   constexpr int quads = D / 4;
   for (int i = int(thread_index); i < PrefillTile<T, D>::kKeys * quads; i += int(kPrefillThreads)) {
     const int row = i / quads;
@@ -62,8 +61,18 @@ METAL_FUNC void stage(Rows<T> rows, int first, int count, threadgroup T* tile, u
     threadgroup T* target = tile + row * PrefillTile<T, D>::kStride + channel;
     const device T* source = rows.data + (first + row) * rows.token_stride;
     for (int e = 0; e < 4; e++) {
-      target[e] = row < count ? source[(channel + e) * rows.channel_stride] : T(0.0f);
+      target[e] = row < count ? channel_of<DENSE>(source, rows.channel_stride, channel + e) : T(0.0f);
     }
+  }
+}
+
+// Copy tokens [first, first + count) to tile [kKeys, kStride], zeros behind them. The choice is the same for all threads.
+template <typename T, int D>
+METAL_FUNC void stage(Rows<T> rows, int first, int count, threadgroup T* tile, uint thread_index) {
+  if (rows.channel_stride == 1) {
+    stage_channels<true, T, D>(rows, first, count, tile, thread_index);
+  } else {
+    stage_channels<false, T, D>(rows, first, count, tile, thread_index);
   }
 }
 

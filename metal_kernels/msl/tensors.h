@@ -42,6 +42,12 @@ METAL_FUNC float element(Rows<T> rows, int token, int channel) {
   return inside ? float(rows.data[token * rows.token_stride + channel * rows.channel_stride]) : 0.0f;
 }
 
+// Channel `channel` of a row. DENSE: channels are neighbours, so that the compiler can load several at once.
+template <bool DENSE, typename T>
+METAL_FUNC T channel_of(const device T* row, int64_t channel_stride, int channel) {
+  return row[DENSE ? int64_t(channel) : channel * channel_stride];
+}
+
 // A lane holds columns matrix_column(lane) and the next of row matrix_row(lane).
 METAL_FUNC int matrix_row(uint lane) { return int((lane / 4) & 4) + int(lane / 2) % 4; }
 METAL_FUNC int matrix_column(uint lane) { return int((lane / 4) & 2) * 2 + int(lane % 2) * 2; }
