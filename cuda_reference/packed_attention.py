@@ -18,7 +18,7 @@ from cuda_reference.eager import masked_rows
 from cuda_reference.pattern import visible
 from flux_mlx.spec import PatternConfig
 
-ROWS_PER_STEP = 512  # queries whose scores exist at one time without FlexAttention
+ROWS_PER_STEP = 256  # queries whose scores exist at one time without FlexAttention
 
 Tables = tuple[torch.Tensor, ...]
 
@@ -105,11 +105,11 @@ class PackedAttention:
         heads = torch.arange(q.shape[1], device=q.device)[:, None, None]
         ends = torch.bincount(self._sample).cumsum(0).tolist()
         for first, end in zip([0, *ends[:-1]], ends, strict=True):
-            keys = torch.arange(first, end, device=q.device)
             for start in range(first, end, ROWS_PER_STEP):
-                rows = torch.arange(start, min(start + ROWS_PER_STEP, end), device=q.device)
+                stop = min(start + ROWS_PER_STEP, end)  # no row sees what lies after it in the row of tokens
+                keys, rows = (torch.arange(low, stop, device=q.device) for low in (first, start))
                 mask = allowed(0, heads, rows[:, None], keys[None, :])
-                out, _ = masked_rows(q[:, :, rows], k[:, :, first:end], v[:, :, first:end], mask, scale)
+                out, _ = masked_rows(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], mask, scale)
                 parts.append(out)
         return torch.cat(parts, dim=2)
 

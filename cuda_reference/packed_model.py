@@ -6,8 +6,6 @@ of a Flux model directory. A `Routing` travels with the call, as a keyword, to e
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -21,9 +19,10 @@ from flux_mlx.spec import FluxConfig
 ATTENTION_NAME = "flux_packed"
 
 
-@dataclass
 class Routing:
     """How one pack is routed, and what the routers said.
+
+    Not a dataclass: FSDP copies those on their way into every layer, and what a layer writes would be lost.
 
     Args:
         pack: The pack.
@@ -34,20 +33,28 @@ class Routing:
         by_head: One decision for each head instead of one for each layer.
         forced: bool `[model layers, N]`, True is full: routes that replace the routers' own. None: the routers decide.
         pooled: Layer to pooled queries `[G * N, D]`, filled in by the call if a dict is given.
+
+    Attributes:
         logits: Layer to route logits `[N, 2]` (by head `[HQ * N, 2]`), filled in by the call.
         z: Layer to weights of full attention `[G, N]`, filled in by the call.
     """
 
-    pack: Pack
-    attention: PackedAttention
-    tau: float = 1.0
-    noise: torch.Tensor | None = None
-    hard: bool = True
-    by_head: bool = False
-    forced: torch.Tensor | None = None
-    pooled: dict[int, torch.Tensor] | None = None
-    logits: dict[int, torch.Tensor] = field(default_factory=dict)
-    z: dict[int, torch.Tensor] = field(default_factory=dict)
+    def __init__(
+        self,
+        pack: Pack,
+        attention: PackedAttention,
+        *,
+        tau: float = 1.0,
+        noise: torch.Tensor | None = None,
+        hard: bool = True,
+        by_head: bool = False,
+        forced: torch.Tensor | None = None,
+        pooled: dict[int, torch.Tensor] | None = None,
+    ):
+        self.pack, self.attention, self.tau, self.noise = pack, attention, tau, noise
+        self.hard, self.by_head, self.forced, self.pooled = hard, by_head, forced, pooled
+        self.logits: dict[int, torch.Tensor] = {}
+        self.z: dict[int, torch.Tensor] = {}
 
     def omega(self) -> torch.Tensor:
         """Share of sparse layers (or heads) of each sample, `[N]` float32, with the routers' gradient."""

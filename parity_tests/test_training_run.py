@@ -18,7 +18,7 @@ from cuda_reference.train import LOG_NAME, ROUTERS_NAME, main
 from flux_mlx.spec import RouterConfig
 from parity_tests.tiny_training import write_corpus, write_model
 
-STEPS, LR = 4, 1e-2
+STEPS, LR = 3, 1e-2
 SETTINGS = [
     f"optimiser.steps={STEPS}",
     f"optimiser.lr={LR}",
@@ -58,6 +58,11 @@ def local_text(home, monkeypatch):
     monkeypatch.setattr("cuda_reference.data_text.default_roots", lambda: {"site": home / "corpus"})
 
 
+def read_log(out):
+    with open(out / LOG_NAME, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def environment():
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd(), "TOKENIZERS_PARALLELISM": "false"}
 
@@ -77,9 +82,8 @@ def test_a_run_leaves_routers_log_and_checkpoints(whole):
     prefix = "model.layers.1.self_attn.router."
     assert shapes == {prefix + name: shape for name, shape in RouterConfig.parameter_shapes(8).items()}
     assert routers["model.layers.0.self_attn.router.head.4.weight"].abs().max() > 0
-    assert [step for step, _ in checkpoints(whole)] == [STEPS, STEPS - 2]
-    with open(whole / LOG_NAME, newline="") as file:
-        rows = list(csv.DictReader(file))
+    assert [step for step, _ in checkpoints(whole)] == [STEPS, STEPS - 1]
+    rows = read_log(whole)
     assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1))
     assert all(float(row["loss"]) > 0 for row in rows)
     assert float(rows[-1]["lambda1_single"]) > float(rows[0]["lambda1_single"])
@@ -157,26 +161,27 @@ def run_processes(home, out, spread):
 
 @pytest.fixture(scope="module")
 def spread_runs(home):
-    """Routers of two processes, by DDP and by FSDP."""
+    """Routers and log of two processes, by DDP and by FSDP."""
     found = {}
     for spread in ("ddp", "fsdp"):
         result = run_processes(home, home / spread, spread)
         assert result.returncode == 0, result.stderr[-2000:]
-        found[spread] = load_file(home / spread / ROUTERS_NAME)
+        found[spread] = load_file(home / spread / ROUTERS_NAME), read_log(home / spread)
     return found
 
 
 def test_two_processes_train_and_both_ways_agree(spread_runs):
-    """Adam turns rounding of tiny gradients into steps of the learning rate, so the runs are compared as a whole."""
-    ddp, fsdp = spread_runs["ddp"], spread_runs["fsdp"]
-    assert ddp.keys() == fsdp.keys()
-    apart = torch.cat([(ddp[name] - fsdp[name]).flatten() for name in ddp]).square().mean().sqrt()
-    assert apart < 0.05 * STEPS * LR
+    """Compared by loss and gradient: Adam makes whole steps of the rounding of tiny gradients."""
+    (ddp, ddp_log), (fsdp, fsdp_log) = spread_runs["ddp"], spread_runs["fsdp"]
+    assert {name: v.shape for name, v in ddp.items()} == {name: v.shape for name, v in fsdp.items()}
+    for ours, theirs in zip(ddp_log, fsdp_log, strict=True):
+        assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-3)
+    assert float(ddp_log[0]["grad_norm"]) == pytest.approx(float(fsdp_log[0]["grad_norm"]), rel=1e-3)
 
 
 def test_two_processes_see_other_data_than_one(spread_runs, whole):
     one = load_file(whole / ROUTERS_NAME)
-    assert any(not torch.equal(one[name], spread_runs["ddp"][name]) for name in one)
+    assert any(not torch.equal(one[name], spread_runs["ddp"][0][name]) for name in one)
 
 
 def test_users_own_samples(home, tmp_path):
