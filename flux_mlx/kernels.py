@@ -21,6 +21,8 @@ from metal_kernels.operations import FULL_RULE, Rule, Run
 
 MAX_SCORE_BYTES = 1 << 30  # of xattention's group scores, [B, HQ, L / stride, S / stride] float32
 
+CONSTANT_BELOW_ELEMENTS = 8  # MLX passes smaller inputs in Metal's constant address space
+
 
 def is_available() -> bool:
     """Whether this process has a Metal device."""
@@ -33,9 +35,9 @@ def dtype_name(x: mx.array) -> str:
 
 
 @cache
-def _compiled(spec: KernelSpec) -> Any:
+def _compiled(spec: KernelSpec, name: str) -> Any:
     return mx.fast.metal_kernel(
-        name=spec.name,
+        name=name,
         input_names=list(spec.inputs),
         output_names=list(spec.outputs),
         header=spec.header(),
@@ -57,6 +59,16 @@ def kernel_inputs(launch: Launch, inputs: list[Any]) -> list[Any]:
     return [_as_kernel_reads(spec, name, value) for name, value in zip(spec.inputs, inputs, strict=True)]
 
 
+def kernel_name(launch: Launch, inputs: list[Any]) -> str:
+    """The kernel's name with the inputs that MLX makes `constant`, by their position.
+
+    MLX keeps one text for each name and drops the compiled one when another comes: texts that differ by an address
+    space need names of their own, or calls of alternating shapes would compile each time.
+    """
+    small = [str(i) for i, x in enumerate(inputs) if isinstance(x, mx.array) and x.size < CONSTANT_BELOW_ELEMENTS]
+    return "_".join([launch.spec.name, *small])
+
+
 def metal_run(launch: Launch, inputs: list[Any]) -> list[mx.array]:
     """Launch a kernel on the Metal device.
 
@@ -65,8 +77,9 @@ def metal_run(launch: Launch, inputs: list[Any]) -> list[mx.array]:
     """
     if not is_available():
         raise RuntimeError(f'[{launch.spec.name}] impl="metal" needs a Metal device, and this machine has none.')
-    return _compiled(launch.spec)(
-        inputs=kernel_inputs(launch, inputs),
+    inputs = kernel_inputs(launch, inputs)
+    return _compiled(launch.spec, kernel_name(launch, inputs))(
+        inputs=inputs,
         template=[(name, getattr(mx, v) if isinstance(v, str) else v) for name, v in launch.template],
         grid=launch.grid,
         threadgroup=launch.threadgroup,

@@ -14,7 +14,8 @@ from flux_mlx import attention, doctor, kernel_policy, kernels
 from flux_mlx.kernel_policy import Variant
 from flux_mlx.spec import PatternConfig, RouterConfig
 from metal_kernels import catalog, launches, operations
-from parity_tests.host_shim.run import HostError, HostRun, is_dense
+from parity_tests.host_shim import text
+from parity_tests.host_shim.run import HostError, HostRun, as_array, dtype_name, is_dense
 
 PATTERN = PatternConfig(block_size=16, sink_tokens=16, window_tokens=32)
 PREFILL = Variant("prefill", "float32", 64)
@@ -175,9 +176,9 @@ def test_tolerance_of_float32_operations_knows_tf32(device, monkeypatch, generat
     assert doctor.operations_tolerance() == tolerance
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"choice": 3}', '{"machine": {}, "choice": {"decode": "x"}}'])
-def test_a_bad_calibration_counts_as_none(record, text):
-    kernel_policy.calibration_path().write_text(text)
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"choice": 3}', '{"machine": {}, "choice": {"decode": "x"}}'])
+def test_a_bad_calibration_counts_as_none(record, content):
+    kernel_policy.calibration_path().write_text(content)
     assert kernel_policy.calibration() == {}
 
 
@@ -334,6 +335,19 @@ def test_the_gradient_through_the_kernels_is_that_of_operations(device, monkeypa
     for got, want in zip(gradient, expected, strict=True):
         assert mx.abs(want).max().item() > 0
         np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("batch", "name"), [(7, "prefill_3_4"), (8, "prefill_4")])
+def test_texts_of_different_address_spaces_have_different_names(batch, name):
+    """Where the name says constant (3 is the route, 4 the rule), MLX's text does too."""
+    q, k = mx.zeros((batch, 2, 40, 64)), mx.zeros((batch, 2, 90, 64))
+    launch = launches.prefill(q.shape, "float32")
+    inputs = kernels.kernel_inputs(launch, [q, k, k, (1,) * batch, (16, 1, 2, 0, 0), 90, 0.125])
+    assert kernels.kernel_name(launch, inputs) == name
+    arrays = [as_array(x) for x in inputs]
+    generated = text.generated_text(launch, [(tuple(a.shape), dtype_name(a)) for a in arrays])
+    spaces = [b.pointer.split()[1] for b in text.signature(generated).buffers if b.name in ("route", "rule")]
+    assert spaces == ["constant" if f"_{i}" in name else "device" for i in (3, 4)]
 
 
 LONG_TOKENS = 65_536
