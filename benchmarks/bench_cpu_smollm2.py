@@ -26,7 +26,7 @@ from flux_mlx.attention import sparse_attention
 from flux_mlx.spec import visible_pairs
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "examples" / "data" / "us_constitution_1787.txt"
-STATIC_FULL_LAYERS = (0, 2, 6, 7, 14, 18, 21, 23)
+ROUTES = {"sparse": "sparse", "static list": (0, 2, 6, 7, 14, 18, 21, 23), "full": "full"}
 
 
 def stock_prefill(model: Any, tokens: mx.array, step: int) -> list[Any]:
@@ -48,13 +48,14 @@ def measure(run: Callable[[], Any]) -> tuple[dict[str, float], Any]:
     return {"seconds": time.perf_counter() - start, "peak_bytes": mx.get_peak_memory()}, result
 
 
-def prefill_rows(model: Any, tokens: mx.array, steps: list[int]) -> dict[str, dict[str, float]]:
-    """Flux with all layers sparse, with the static list and with all layers full, then stock at its chunk sizes."""
+def prefill_rows(model: Any, tokens: mx.array, names: list[str], steps: list[int]) -> dict[str, dict[str, float]]:
+    """Exact prefill with each kind of routes, then stock's prefill at its chunk sizes."""
     rows = {}
-    for name, route in (("sparse", "sparse"), ("static list", STATIC_FULL_LAYERS), ("full", "full")):
-        flux_mlx.set_route(model, route)
+    for name in names:
+        flux_mlx.set_route(model, ROUTES[name])
         rows[f"exact, {name}"], _ = measure(lambda: flux_mlx.prefill(model, tokens, model.make_cache()))
         print(name, rows[f"exact, {name}"], file=sys.stderr)
+    flux_mlx.set_route(model, "full")
     for step in steps:
         rows[f"stock, step {step}"], _ = measure(lambda step=step: stock_prefill(model, tokens, step))
         print(step, rows[f"stock, step {step}"], file=sys.stderr)
@@ -85,12 +86,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="models/smollm2-135m-flux")
     parser.add_argument("--tokens", type=int, default=7900)
+    parser.add_argument("--routes", nargs="+", choices=ROUTES, default=list(ROUTES), help="which to prefill with")
     parser.add_argument("--stock-steps", type=int, nargs="+", default=[2048, 512], help="chunks of stock's prefill")
     parser.add_argument("--json", type=Path, help="where to write the results")
     args = parser.parse_args()
     model, tokenizer = flux_mlx.load(args.model)
     ids = tokenizer.encode(2 * DOCUMENT.read_text(encoding="utf-8"))[: args.tokens]
-    rows = prefill_rows(model, mx.array(ids), args.stock_steps)
+    rows = prefill_rows(model, mx.array(ids), args.routes, args.stock_steps)
     buffer_bytes = args.tokens * model.args.hidden_size * 4
     bound = 1.1 * (rows[f"stock, step {args.stock_steps[0]}"]["peak_bytes"] + buffer_bytes)
     result = {

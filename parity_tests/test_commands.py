@@ -17,7 +17,8 @@ from flux_mlx.chat import Conversation
 from flux_mlx.models import routed_layers
 from flux_mlx.spec import FluxConfig, Route, RouterConfig
 from flux_mlx.stream import stream_generate, warn_if_too_long
-from parity_tests.tiny_directories import TEMPLATE, flux_directory
+from parity_tests.tiny_directories import TEMPLATE, VOCABULARY, flux_directory
+from parity_tests.tiny_models import flux_model
 
 BIN = Path(sys.executable).parent
 PROMPT = "the quick brown fox " * 12
@@ -205,9 +206,9 @@ def lean(model, route: Route) -> None:
 @pytest.mark.parametrize(
     ("family", "changes"), [("gemma3_text", {"num_hidden_layers": 6, "sliding_window": 24}), ("granitemoehybrid", {})]
 )
-def test_a_conversation_with_windows_or_states_starts_anew_where_it_cannot_cut(tmp_path, family, changes):
-    directory = flux_directory(tmp_path / "other", family, **changes)
-    model, tokenizer = flux_mlx.load(directory)
+def test_a_conversation_with_windows_or_states_starts_anew_where_it_cannot_cut(directory, family, changes):
+    _, tokenizer = flux_mlx.load(directory)
+    model = flux_model(family, vocab_size=VOCABULARY, **changes)
     tokenizer.chat_template = tokenizer._tokenizer.chat_template = FORGETFUL
     flux_mlx.set_route(model, "full")
     chat = Conversation(model, tokenizer)

@@ -39,8 +39,9 @@ compiles = pytest.mark.skipif(INTERPRETED, reason="compiled in a process of its 
 @pytest.mark.skipif(not INTERPRETED, reason="this process is the one that compiles")
 def test_without_the_interpreter() -> None:
     """The decorators read TRITON_INTERPRET when a kernel is defined: run this file again without it."""
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-o", "addopts=", "-p", "no:cacheprovider", __file__]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-o", "addopts=", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert re.search(r"\d+ passed, 1 skipped", done.stdout), done.stdout[-400:]
