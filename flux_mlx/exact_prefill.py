@@ -174,8 +174,8 @@ def prefill(
     Raises:
         ValueError: Empty prompt, a batch cache, a step below 1, or a cache of another length than the model.
 
-    An interrupted prefill (an exception in the callback, Ctrl-C) leaves the cache as it was. With several ranks, call it
-    within `mx.stream(mlx_lm.generate.generation_stream)`: on one stream the ranks exchange their sums in one order.
+    An interrupted prefill (an exception in the callback, Ctrl-C) leaves the cache as it was. With several ranks, call
+    it within `mx.stream(mlx_lm.generate.generation_stream)`: on one stream ranks exchange their sums in one order.
     """
     prompt = mx.array(prompt)
     if prompt.ndim != 1 or prompt.size < 1:
