@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+
 from metal_kernels.catalog import Launch
 
 _THREADGROUP_ARRAY = re.compile(r"\bthreadgroup\s+([\w:<>, ]+?)\s+(\w+)\[([^;]*)\];")
