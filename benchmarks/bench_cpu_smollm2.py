@@ -1,4 +1,4 @@
-"""SmolLM2 on a CPU: prefill time and peak memory, stock against Flux in one run, and decode at two lengths.
+"""SmolLM2 on a CPU: prefill time and peak memory, stock against Flux in one run.
 
     sh examples/with-openblas .venv/bin/python benchmarks/bench_cpu_smollm2.py --json benchmarks/cpu_smollm2.json
 
@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +21,6 @@ from typing import Any
 import mlx.core as mx
 
 import flux_mlx
-from flux_mlx.attention import sparse_attention
 from flux_mlx.spec import visible_pairs
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "examples" / "data" / "us_constitution_1787.txt"
@@ -66,21 +64,6 @@ def prefill_rows(model: Any, tokens: mx.array, names: list[str], steps: list[int
     return rows
 
 
-def decode_layer_us(model: Any, kv_tokens: int, repeats: int = 300) -> float:
-    """Median microseconds of one sparse layer's attention for one new token."""
-    attn = model.layers[0].self_attn
-    head_dim = attn.q_proj.weight.shape[0] // attn.n_heads
-    q = mx.random.normal((1, attn.n_heads, 1, head_dim))
-    k, v = (mx.random.normal((1, attn.n_kv_heads, kv_tokens, head_dim)) for _ in range(2))
-    mx.eval(q, k, v)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        mx.eval(sparse_attention(q, k, v, model.flux.pattern, scale=attn.scale))
-        times.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(times)
-
-
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -107,7 +90,6 @@ def main() -> None:
         / visible_pairs(model.flux.pattern, args.tokens, args.tokens),
         "exact_peak_bytes_allowed": bound,
         "exact_peak_within_bound": all(row["peak_bytes"] <= bound for name, row in rows.items() if "exact" in name),
-        "decode_sparse_layer_us": {str(n): decode_layer_us(model, n) for n in (1000, args.tokens)},
     }
     text = json.dumps(result, indent=2)
     print(text)
