@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from cuda_reference.recipe import Recipe
 from flux_mlx.spec import FluxConfig
+from flux_mlx.spec.config import SETTINGS_KEY
 
 _STEP = re.compile(r"step_(\d+)\.pt")
 KEPT = 2  # checkpoints that stay; the older of them serves if the newer cannot be read
@@ -78,7 +79,7 @@ def save_routers(path: Path, routers: Mapping[str, torch.Tensor], recipe: Recipe
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in sorted(routers.items())}
-    metadata = {"flux": json.dumps(flux_config(recipe).to_dict()), "recipe": json.dumps(recipe.to_dict())}
+    metadata = {SETTINGS_KEY: json.dumps(flux_config(recipe).to_dict()), "recipe": json.dumps(recipe.to_dict())}
     _replace(path, lambda part: save_file(tensors, part, metadata=metadata))
 
 

@@ -16,11 +16,16 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedMode
 
 from cuda_reference.model import attach, routers
 from flux_mlx.spec import FluxConfig
+from flux_mlx.spec.config import ROUTER_INFIX, SETTINGS_KEY
 
 Weights = dict[str, torch.Tensor]
 
-ROUTER = ".self_attn.router."
-MLX_KEYS = ("flux", "model_file", "quantization", "quantization_config")  # of config.json, not transformers' business
+MLX_KEYS = (
+    SETTINGS_KEY,
+    "model_file",
+    "quantization",
+    "quantization_config",
+)  # of config.json, not transformers' business
 DEQUANTISE_ROWS = 4096  # rows whose unpacked integers exist at one time
 
 
@@ -43,13 +48,13 @@ def load(
     """
     directory = Path(path)
     config = read_config(directory)
-    flux = FluxConfig.from_dict(config["flux"])
+    flux = FluxConfig.from_dict(config[SETTINGS_KEY])
     weights = dequantise_all(read_weights(directory), config.get("quantization"))
-    backbone = {name: value for name, value in weights.items() if ROUTER not in name}
+    backbone = {name: value for name, value in weights.items() if ROUTER_INFIX not in name}
     if dtype is None:
         dtype = next(iter(backbone.values())).dtype
     model = attach(_build(config, backbone, dtype, directory), flux)
-    _load_routers(model, {name: value for name, value in weights.items() if ROUTER in name}, directory)
+    _load_routers(model, {name: value for name, value in weights.items() if ROUTER_INFIX in name}, directory)
     return model.to(device).eval(), flux
 
 
@@ -62,7 +67,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"[load] {path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or "flux" not in config or "model_type" not in config:
+    if not isinstance(config, dict) or SETTINGS_KEY not in config or "model_type" not in config:
         raise ValueError(f"[load] {path}: expected an object with model_type and a flux section.")
     return config
 
@@ -162,7 +167,7 @@ def _load_routers(model: PreTrainedModel, weights: Weights, directory: Path) -> 
     """Fill the routers of `model`; every router must be given whole and finite, and no other."""
     expected, given = {}, {name: tuple(value.shape) for name, value in weights.items()}
     for layer, router in routers(model).items():
-        prefix = f"{model.base_model_prefix}.layers.{layer}{ROUTER}"
+        prefix = f"{model.base_model_prefix}.layers.{layer}{ROUTER_INFIX}"
         expected |= {prefix + name: tuple(value.shape) for name, value in router.named_parameters()}
     wrong = [name for name in sorted(expected | given) if expected.get(name) != given.get(name)]
     if wrong:

@@ -15,6 +15,7 @@ from cuda_reference.model import attach, routers
 from cuda_reference.objective import gumbel_route
 from cuda_reference.packed_attention import PackedAttention
 from flux_mlx.spec import FluxConfig
+from flux_mlx.spec.config import ROUTER_INFIX
 
 ATTENTION_NAME = "flux_packed"
 
@@ -126,7 +127,7 @@ class PackedModel(nn.Module):
 
     def routers(self) -> dict[str, torch.Tensor]:
         """The routers' parameters under the names of a Flux model directory."""
-        return {name: p for name, p in self.backbone.named_parameters() if ".self_attn.router." in name}
+        return {name: p for name, p in self.backbone.named_parameters() if ROUTER_INFIX in name}
 
     def forward(self, pack: Pack, **routing: object) -> tuple[torch.Tensor, Routing]:
         """Run a pack.

@@ -26,6 +26,7 @@ from cuda_reference.data_packing import Pack
 from cuda_reference.objective import SparsityPenalty, logistic_noise, sample_nll, task_means
 from cuda_reference.packed_model import PackedModel
 from cuda_reference.recipe import Recipe
+from flux_mlx.spec.config import ROUTER_INFIX
 
 _STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 _LOAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=False, strict=False)
@@ -200,7 +201,7 @@ class Trainer:
 
 def _is_frozen(name: str) -> bool:
     """Whether a name of the state dict belongs to the backbone (tied weights escape `ignore_frozen_params`)."""
-    return name.startswith("model.") and ".self_attn.router." not in name
+    return name.startswith("model.") and ROUTER_INFIX not in name
 
 
 def _plain(value: Any) -> Any:

@@ -153,7 +153,18 @@ def quantize(model: nn.Module, config: dict[str, Any], how: Quantization) -> tup
     if how.recipe and how.mode != "affine":
         raise ValueError(f"[quantize] --quant-predicate goes with --q-mode affine, got {how.mode!r}.")
     recipe = mixed_quant_predicate_builder(how.recipe, model, how.group_size or 64) if how.recipe else None
-    return quantize_model(model, config, how.group_size, how.bits, mode=how.mode, quant_predicate=recipe)
+    before = _quantized_modules(model)
+    made, made_config = quantize_model(model, config, how.group_size, how.bits, mode=how.mode, quant_predicate=recipe)
+    if _quantized_modules(made) == before:
+        raise ValueError(
+            f"[quantize] no weight can be quantised in groups of {made_config['quantization']['group_size']}: expected "
+            "a size that divides the width of the layers."
+        )
+    return made, made_config
+
+
+def _quantized_modules(model: nn.Module) -> int:
+    return sum(hasattr(module, "scales") for _, module in model.named_modules())
 
 
 def set_projections(model: nn.Module, projections: Mapping[str, mx.array]) -> None:

@@ -122,7 +122,7 @@ def convert(
     quantization: Quantization | None = None,
     dequantize: bool = False,
     revision: str | None = None,
-) -> None:
+) -> list[str]:
     """Write a Flux model directory.
 
     Args:
@@ -136,6 +136,9 @@ def convert(
         quantization: Quantise the base's weights; never the routers'.
         dequantize: Dequantise a quantised source first.
         revision: Revision at the hub.
+
+    Returns:
+        What was changed, a line each, as the directory's README.md says it.
 
     Raises:
         FileExistsError: `out` exists.
@@ -155,6 +158,7 @@ def convert(
             f"{flux.pattern.sink_tokens}, window {flux.pattern.window_tokens} tokens."
         )
         _write(part, directory, model, flux_config(config, flux), model_card(base, flux, changes))
+    return changes
 
 
 FLAGS = {
@@ -215,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     quantization = Quantization(args.q_group_size, args.q_bits, args.q_mode, args.quant_predicate)
     try:
-        convert(
+        changes = convert(
             args.gguf or args.hf_path,
             args.mlx_path,
             routers=args.routers,
@@ -228,6 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    print("\n".join(changes))
     print(f"Wrote {args.mlx_path}. Try: mlx_lm.generate --model {args.mlx_path} --trust-remote-code --prompt Hello")
 
 

@@ -27,7 +27,7 @@ from flux_mlx.cache import routes as taken_routes
 from flux_mlx.families import ATTENTION_MODULES, head_dim, is_routable, project, project_queries, rotate
 from flux_mlx.router import Affine, LayerRouter, decide, pool_queries
 from flux_mlx.spec import FluxConfig, Route, parse_route
-from flux_mlx.spec.config import RoutePolicy
+from flux_mlx.spec.config import ROUTER_INFIX, RoutePolicy
 from flux_mlx.streaming import compact
 
 
@@ -188,7 +188,7 @@ class FluxModel:
     def cast_predicate(self):
         """For `mlx_lm.convert`: routers keep their dtype."""
         stock = getattr(super(), "cast_predicate", lambda _: True)
-        return lambda name: ".router." not in name and stock(name)
+        return lambda name: ROUTER_INFIX not in name and stock(name)
 
     @staticmethod
     def trainable_parameter_filter(module: nn.Module, key: str, value: Any) -> bool:
@@ -198,7 +198,7 @@ class FluxModel:
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """The stock model's renaming; router weights pass through it."""
         stock = getattr(super(), "sanitize", lambda w: w)
-        routers = {name: weight for name, weight in weights.items() if ".self_attn.router." in name}
+        routers = {name: weight for name, weight in weights.items() if ROUTER_INFIX in name}
         return stock({name: weight for name, weight in weights.items() if name not in routers}) | routers
 
 
@@ -313,6 +313,7 @@ def set_route(model: nn.Module, policy: RoutePolicy) -> None:
     wrong = [] if isinstance(policy, str) else sorted(set(policy) - set(routed))
     if wrong:
         raise ValueError(f"[set_route] {wrong} are not routed layers; the model routes layers {sorted(routed)}.")
+    model.flux = dataclasses.replace(model.flux, route=policy if isinstance(policy, str) else tuple(policy))
     words = {"auto": None, "full": Route.FULL, "sparse": Route.SPARSE}
     for i, attn in routed.items():
         attn.forced = words[policy] if isinstance(policy, str) else Route.FULL if i in policy else Route.SPARSE

@@ -6,11 +6,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.utils import _download, load_model, load_tokenizer
 
 from flux_mlx.model_directory import SHIM_NAME, is_flux_config, read_config, shim_text
-from flux_mlx.models import Model, ModelArgs
+from flux_mlx.models import Model, ModelArgs, routed_layers
+from flux_mlx.spec import RouterConfig
 from flux_mlx.weights import check_safetensors
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -45,6 +48,21 @@ def find_model(path_or_hf_repo: str) -> tuple[Path, dict[str, Any]]:
     return directory, config
 
 
+def check_finite_routers(model: nn.Module) -> None:
+    """Refuse routers that could not decide.
+
+    Raises:
+        ValueError: A router parameter holds values that are not finite; the message names it.
+    """
+    for layer, attn in routed_layers(model).items():
+        for name, value in tree_flatten(attn.router.parameters()):
+            wrong = value.size - int(mx.isfinite(value).sum())
+            if wrong:
+                raise ValueError(
+                    f"router parameter {RouterConfig.key(layer, name)} has {wrong} values that are not finite."
+                )
+
+
 def load_flux(directory: Path, config: dict[str, Any], *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     """The Flux model of a directory, built by this package, and its whole config.
 
@@ -62,9 +80,11 @@ def load_flux(directory: Path, config: dict[str, Any], *, lazy: bool = False) ->
     if stated != held:
         raise ValueError(f"[load] {directory / 'config.json'} states num_hidden_layers {stated!r}, the weights {held}.")
     try:
-        return load_model(
+        model, config = load_model(
             directory, lazy, model_config={"model_file": None}, get_model_classes=lambda config: (Model, ModelArgs)
         )
+        check_finite_routers(model)
+        return model, config
     except Exception as error:  # of a damaged config mlx-lm's model code raises anything
         raise ValueError(f"[load] {directory}: {error or type(error).__name__}") from error
 

@@ -23,6 +23,7 @@ from flux_mlx.fingerprint import BLANK, check_stamp, is_stamped, stamp
 from flux_mlx.model_directory import building, is_flux_config, read_config
 from flux_mlx.official import is_official, official_settings, two_logits
 from flux_mlx.spec import FluxConfig, RouterConfig, init_weights
+from flux_mlx.spec.config import SETTINGS_KEY
 
 Routers = dict[int, dict[str, mx.array]]
 """Layer to the parameters of `RouterConfig.parameter_shapes`, float32."""
@@ -34,12 +35,6 @@ _TRAINING_STATE = re.compile(
     r"|sparsity_lambda\w*)"
 )
 _PROJECTION = re.compile(r"(?:.*\.)?layers\.\d+\.self_attn\.[qkv]_proj\..+")
-_METADATA_KEY = "flux"
-
-
-def router_key(layer: int, name: str) -> str:
-    """Name in a model directory of router parameter `name` (of `RouterConfig.parameter_shapes`)."""
-    return f"model.layers.{layer}.self_attn.router.{name}"
 
 
 def split_router_key(key: str) -> tuple[int, str] | None:
@@ -117,9 +112,9 @@ def read_routers(path: str | Path) -> RouterCheckpoint:
             check_stamp(file)
         names, metadata = check_safetensors(file)
         published = published or any(".mask_allocator." in name for name in names)
-        if _METADATA_KEY in metadata:
+        if SETTINGS_KEY in metadata:
             with _naming(file):
-                checkpoint.flux = FluxConfig.from_dict(json.loads(metadata[_METADATA_KEY]))
+                checkpoint.flux = FluxConfig.from_dict(json.loads(metadata[SETTINGS_KEY]))
         for key, value in mx.load(str(file)).items():
             if _PROJECTION.fullmatch(key):
                 checkpoint.projections[key] = value
@@ -127,7 +122,7 @@ def read_routers(path: str | Path) -> RouterCheckpoint:
                 _add(checkpoint.routers, *found, value, f"{file}: {key}")
     if not checkpoint.routers:
         raise ValueError(
-            f"[read_routers] {path} has no routers: expected tensors like {router_key(0, 'head.4.weight')}"
+            f"[read_routers] {path} has no routers: expected tensors like {RouterConfig.key(0, 'head.4.weight')}"
         )
     checkpoint.routers = {layer: two_logits(parameters) for layer, parameters in checkpoint.routers.items()}
     if not published:
@@ -164,7 +159,7 @@ def _naming(file: Path) -> Iterator[None]:
 def _directory_settings(config: dict[str, Any]) -> FluxConfig | None:
     """Settings in config.json, of ours or of a published checkpoint; None if it has none."""
     if is_flux_config(config):
-        return FluxConfig.from_dict(config["flux"])
+        return FluxConfig.from_dict(config[SETTINGS_KEY])
     return official_settings(config) if is_official(config) else None
 
 
@@ -207,7 +202,9 @@ def fresh_routers(head_dims: Mapping[int, int], config: RouterConfig, seed: int 
 
 def flatten_routers(routers: Routers) -> dict[str, mx.array]:
     """Routers under the names of a model directory."""
-    return {router_key(layer, name): value for layer, part in sorted(routers.items()) for name, value in part.items()}
+    return {
+        RouterConfig.key(layer, name): value for layer, part in sorted(routers.items()) for name, value in part.items()
+    }
 
 
 def write_routers(path: str | Path, routers: Routers, flux: FluxConfig, dtype: mx.Dtype = mx.float32) -> None:
@@ -224,5 +221,5 @@ def write_routers(path: str | Path, routers: Routers, flux: FluxConfig, dtype: m
     """
     tensors = {key: value.astype(dtype) for key, value in flatten_routers(routers).items()}
     with building(Path(path)) as part:
-        mx.save_safetensors(str(part), tensors, metadata={_METADATA_KEY: json.dumps(flux.to_dict()), **BLANK})
+        mx.save_safetensors(str(part), tensors, metadata={SETTINGS_KEY: json.dumps(flux.to_dict()), **BLANK})
         stamp(part)

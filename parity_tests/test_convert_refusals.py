@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+import flux_mlx
 from flux_mlx.convert import convert, main
 from flux_mlx.model_directory import building
 from flux_mlx.spec import FluxConfig, RouterConfig
@@ -97,6 +98,7 @@ def test_bad_source(case: str, plain: Path, tmp_path: Path, capsys: pytest.Captu
         ("--pool-tokens many", "invalid int value: 'many'"),
         ("--routers /nowhere/routers.safetensors", "no such file: /nowhere/routers.safetensors"),
         ("--dtype int8", "invalid choice: 'int8'"),
+        ("-q --q-group-size 7", "no weight can be quantised in groups of 7"),
         ("-q --q-mode mxfp4 --quant-predicate mixed_3_6", "goes with --q-mode affine"),
     ],
 )
@@ -134,6 +136,17 @@ def test_nan_in_a_router(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     write_routers(tmp_path / "r.safetensors", routers, FluxConfig())
     reason = "model.layers.1.self_attn.router.head.2.bias of layer 1 has 1 values that are not finite"
     assert_refused(["--model", str(plain), "--routers", str(tmp_path / "r.safetensors")], tmp_path, reason, capsys)
+
+
+def test_nan_in_a_router_of_a_model_directory(plain: Path, tmp_path: Path) -> None:
+    convert(plain, tmp_path / "flux")
+    weights = mx.load(str(tmp_path / "flux" / "model.safetensors"))
+    key = RouterConfig.key(1, "head.2.bias")
+    mx.eval(weights)
+    weights[key][0] = float("nan")
+    mx.save_safetensors(str(tmp_path / "flux" / "model.safetensors"), weights, metadata={"format": "mlx"})
+    with pytest.raises(ValueError, match=f"{key} has 1 values that are not finite"):
+        flux_mlx.load(tmp_path / "flux")
 
 
 def test_existing_output_is_left_alone(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

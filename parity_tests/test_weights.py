@@ -18,7 +18,6 @@ from flux_mlx.weights import (
     fresh_routers,
     has_routers,
     read_routers,
-    router_key,
     without_routers,
     write_routers,
 )
@@ -145,14 +144,14 @@ def test_router_parameters_that_are_missing_or_unknown(routers: Routers) -> None
     ],
 )
 def test_router_values_that_are_refused(name: str, value: mx.array, reason: str, write: Callable[..., Path]) -> None:
-    path = write(**{router_key(3, name).replace(".", "__"): value})
+    path = write(**{RouterConfig.key(3, name).replace(".", "__"): value})
     with pytest.raises(ValueError, match=reason) as caught:
         read_routers(path)
     assert str(path) in str(caught.value)
 
 
 def test_a_parameter_in_both_namings(write: Callable[..., Path]) -> None:
-    path = write(**{published_key(router_key(1, "head.4.bias")).replace(".", "__"): mx.zeros(2)})
+    path = write(**{published_key(RouterConfig.key(1, "head.4.bias")).replace(".", "__"): mx.zeros(2)})
     with pytest.raises(ValueError, match=r"a second head.4.bias of layer 1"):
         read_routers(path)
 

@@ -126,6 +126,13 @@ class PatternConfig:
         return _from_dict(cls, data)
 
 
+ROUTER_INFIX = ".self_attn.router."
+"""What every router parameter of a model has in its name, and no other parameter."""
+
+SETTINGS_KEY = "flux"
+"""Where settings stand: in config.json of a model directory, and in the metadata of a router file."""
+
+
 @dataclass(frozen=True)
 class RouterConfig:
     """Sizes of the layer router.
@@ -144,6 +151,11 @@ class RouterConfig:
         _require_int("RouterConfig", "pool_tokens", self.pool_tokens, 1)
         _require_int("RouterConfig", "min_prefill_tokens", self.min_prefill_tokens, 2)
         _require_real("RouterConfig", "init_bias", self.init_bias, -1e4, 1e4)
+
+    @staticmethod
+    def key(layer: int, name: str) -> str:
+        """Name in a model directory of the router parameter `name` (of `parameter_shapes`) of a layer."""
+        return f"model.layers.{layer}{ROUTER_INFIX}{name}"
 
     @staticmethod
     def parameter_shapes(head_dim: int) -> dict[str, tuple[int, ...]]:
