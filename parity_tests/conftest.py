@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from parity_tests.backends import Backend
 from parity_tests.frameworks import backend_table
+from parity_tests.journal import Journal
 from parity_tests.properties import NEAR_TIES
 
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
@@ -26,7 +28,7 @@ def required_backends(device: str) -> list[str]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--device` and `--require-backends`."""
+    """`--device`, `--require-backends` and `--journal`."""
     group = parser.getgroup("parity")
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where Torch and Triton run")
     group.addoption(
@@ -34,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAMES",
         help="comma-separated backends whose absence is a failure, not a skip (default: all that the platform has)",
     )
+    group.addoption("--journal", type=Path, metavar="FILE", help="note finished tests here, pass over those noted")
 
 
 def _required(config: pytest.Config) -> set[str]:
@@ -51,6 +54,9 @@ def pytest_configure(config: pytest.Config) -> None:
     unknown = sorted(_required(config) - set(table))
     if unknown:
         raise pytest.UsageError(f"--require-backends: expected some of {sorted(table)}, got {unknown}.")
+    journal = config.getoption("--journal")
+    if journal is not None:
+        config.pluginmanager.register(Journal(journal, writes=not hasattr(config, "workerinput")))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

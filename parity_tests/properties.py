@@ -23,6 +23,7 @@ from parity_tests.tolerances import Reference, baseline_attention, round_to, sco
 
 Property = Callable[[Backend, Case], None]
 NEAR_TIES = "near-ties"  # the user property under which a test reports decisions that it did not compare
+EXAMPLES = "examples"  # the user property that counts the examples of a test
 
 
 def attention_references(case: Case, mask: np.ndarray, score_dtype: str) -> tuple[Reference, Reference]:
@@ -176,13 +177,15 @@ PROPERTIES: dict[str, Property] = {
 
 @dataclass
 class Decisions:
-    """Decisions that a property compared, and those too close to compare, in words."""
+    """Decisions that a property compared, those too close to compare, in words, and the examples they come from."""
 
     count: int = 0
     ties: list[str] = field(default_factory=list)
+    examples: int = 0
 
     def report(self, record_property: Callable[[str, object], None]) -> None:
-        """Hand near-ties to pytest's fixture `record_property`; the run's summary lists them."""
+        """Hand examples and near-ties to pytest's fixture `record_property`; the run's summary lists near-ties."""
+        record_property(EXAMPLES, self.examples)
         if self.ties:
             examples = ", ".join(sorted(set(self.ties))[:3])
             record_property(NEAR_TIES, f"{len(self.ties)} of {self.count} ({examples})")
@@ -201,6 +204,7 @@ def for_all(backend: Backend, strategy: SearchStrategy, check: Callable[[Backend
         decisions = check(backend, example) or Decisions()
         everything.count += decisions.count
         everything.ties += decisions.ties
+        everything.examples += 1
 
     run.__name__ = run.__qualname__ = f"{check.__name__}_{backend.name}"  # names the examples' seed and database key
     settings(max_examples=examples)(given(example=strategy)(run))()

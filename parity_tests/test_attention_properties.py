@@ -21,5 +21,5 @@ def test_edge(backend, edge):
 
 
 @pytest.mark.parametrize("name", PROPERTIES)
-def test_property(backend, name):
-    for_all(backend, cases(backend).filter(backend.supports), PROPERTIES[name])
+def test_property(backend, name, record_property):
+    for_all(backend, cases(backend).filter(backend.supports), PROPERTIES[name]).report(record_property)

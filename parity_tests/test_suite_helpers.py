@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from parity_tests.backends import NUMPY
 from parity_tests.frameworks import torch_nan_fill
-from parity_tests.properties import NEAR_TIES, Decisions, for_all
+from parity_tests.properties import EXAMPLES, NEAR_TIES, Decisions, for_all
 from parity_tests.strategies import Case, cases
 from parity_tests.tolerances import DTYPES, NEAR_TIE, Reference, baseline_attention, round_to, ulp
 
@@ -102,9 +103,9 @@ def test_examples_are_counted_and_near_ties_kept():
     assert decisions.count == 2 * len(seen) >= 6
     noted = []
     decisions.report(lambda name, value: noted.append((name, value)))
-    assert noted == [(NEAR_TIES, f"1 of {decisions.count} (margin 1e-5)")]
+    assert noted == [(EXAMPLES, len(seen)), (NEAR_TIES, f"1 of {decisions.count} (margin 1e-5)")]
     Decisions(5).report(lambda name, value: noted.append((name, value)))
-    assert len(noted) == 1
+    assert noted[2:] == [(EXAMPLES, 0)]
     assert 0 < NEAR_TIE < 1e-3
 
 
@@ -150,3 +151,18 @@ def test_an_unknown_backend_is_refused():
     result = run_suite("--require-backends=numpy,tritn")
     assert result.returncode == 4
     assert "got ['tritn']" in result.stderr
+
+
+def test_a_journal_lets_a_run_go_on_where_it_ended(tmp_path):
+    """The second run passes over what passed; a line that was cut short counts for nothing."""
+    journal = tmp_path / "journal.jsonl"
+    arguments = ["parity_tests/test_router_parity.py", "-k", "numpy and (ties or not_numbers)", f"--journal={journal}"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    runs = []
+    for _ in range(2):
+        runs.append(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout)
+        lines = journal.read_text(encoding="utf-8").splitlines(keepends=True)
+        journal.write_text(lines[0] + lines[1][:20], encoding="utf-8")
+    assert "2 passed" in runs[0]
+    assert "1 passed" in runs[1]
+    assert json.loads(lines[0])["examples"] == 30
