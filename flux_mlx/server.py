@@ -23,7 +23,8 @@ from mlx_lm.utils import _parse_size, load_adapters, maybe_set_recommended_wired
 from flux_mlx.models import routed_layers
 from flux_mlx.safe_loading import find_model, load_without_code
 from flux_mlx.server_http import LOOPBACK_NAMES, Handler
-from flux_mlx.server_requests import Generator, PromptCache, RequestLog
+from flux_mlx.server_log import RequestLog
+from flux_mlx.server_requests import Generator, PromptCache
 
 PROMPT_CACHE_SHARE = 8  # prompt caches get this part of the machine's memory by default: one in eight
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")

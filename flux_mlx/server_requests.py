@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
-from collections import deque
-from dataclasses import asdict, dataclass
 from queue import Queue
 from typing import Any
 
@@ -14,67 +11,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import LRUPromptCache, trim_prompt_cache
 from mlx_lm.server import GenerationContext, ResponseGenerator
 
-from flux_mlx.cache import describe_routes
-
-RECENT_REQUESTS = 100
-
-
-@dataclass(frozen=True)
-class Served:
-    """A request that was answered."""
-
-    id: str
-    prompt_tokens: int
-    cached_tokens: int
-    answer_tokens: int
-    routes: str
-
-
-class RequestLog:
-    """Counts, and the routes of the latest requests. Methods may be called from any thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._open: list[tuple[str, weakref.ref[GenerationContext]]] = []
-        self._recent: deque[Served] = deque(maxlen=RECENT_REQUESTS)
-        self.requests = self.answered = self.failed = 0
-
-    def started(self, request_id: str, context: GenerationContext) -> None:
-        """Note that a request's prompt is being processed. Gone contexts (dropped requests) are forgotten here."""
-        with self._lock:
-            self.requests += 1
-            self._open = [(name, ref) for name, ref in self._open if ref() is not None]
-            self._open.append((request_id, weakref.ref(context)))
-
-    def failed_one(self) -> None:
-        """Note that a request failed."""
-        with self._lock:
-            self.failed += 1
-
-    def finished(self, tokens: list[int], cache: list[Any]) -> None:
-        """Note the routes of the request whose prompt begins `tokens`; the log gets a line."""
-        with self._lock:
-            found = [at for at, (_, ref) in enumerate(self._open) if _is_of(ref(), tokens)]
-            if not found:
-                return
-            request_id, ref = self._open.pop(found[0])
-            context = ref()
-            prompt_tokens, cached = len(context.prompt), max(0, context.prompt_cache_count)
-            entry = Served(request_id, prompt_tokens, cached, len(tokens) - prompt_tokens, describe_routes(cache))
-            self.answered += 1
-            self._recent.append(entry)
-        logging.info("%s: %d prompt tokens, %d of them cached; %s", request_id, prompt_tokens, cached, entry.routes)
-
-    def stats(self) -> dict[str, Any]:
-        """JSON form, the latest request last."""
-        with self._lock:
-            counts = {"requests": self.requests, "answered": self.answered, "failed": self.failed}
-            return {**counts, "recent": [asdict(entry) for entry in self._recent]}
-
-
-def _is_of(context: GenerationContext | None, tokens: list[int]) -> bool:
-    """Whether `tokens` begin with the request's prompt."""
-    return context is not None and tokens[: len(context.prompt)] == context.prompt
+from flux_mlx.server_log import RequestLog, Saved
 
 
 class PromptCache(LRUPromptCache):
@@ -93,15 +30,20 @@ class PromptCache(LRUPromptCache):
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
         """As mlx-lm's, but one token is always left to run: its batches need one."""
         cache, rest = super().fetch_nearest_cache(model, tokens)
-        if cache is None or rest:
-            return cache, rest
-        return (cache, tokens[-1:]) if trim_prompt_cache(cache, 1) else (None, tokens)
+        if cache is not None and not rest:
+            cache, rest = (cache, tokens[-1:]) if trim_prompt_cache(cache, 1) else (None, tokens)
+        self.log.fetched(_source(cache))
+        return cache, rest
 
     def insert_cache(self, model: Any, tokens: list[int], prompt_cache: list[Any], **kwargs: Any) -> None:
-        """As mlx-lm's. Caches of whole answers come without a type or as "assistant"."""
-        if kwargs.get("cache_type", "assistant") == "assistant":
-            self.log.finished(tokens, prompt_cache)
+        """As mlx-lm's. The cache bears the name of its request, and copies of it do."""
+        prompt_cache[0].flux_saved = self.log.saved(tokens, prompt_cache)
         super().insert_cache(model, tokens, prompt_cache, **kwargs)
+
+
+def _source(cache: list[Any] | None) -> Saved | None:
+    """Which request's a copy of a kept cache is, if known."""
+    return None if cache is None else getattr(cache[0], "flux_saved", None)
 
 
 class _Answer:
@@ -113,6 +55,10 @@ class _Answer:
     def put(self, item: Any) -> None:
         if isinstance(item, GenerationContext):
             self.requests.log.started(self.request_id, item)
+        elif isinstance(item, tuple):  # prompt tokens run, and all that are to be run
+            self.requests.log.progressed(self.request_id, item[0])
+        elif item is None:
+            self.requests.log.ended(self.request_id)
         elif isinstance(item, Exception):
             self.requests.log.failed_one()
         if item is None or isinstance(item, Exception):

@@ -19,12 +19,13 @@ import pytest
 from mlx_lm.generate import stream_generate
 from mlx_lm.server import GenerationContext
 
-from flux_mlx import load, routes
+from flux_mlx import load
 from flux_mlx.models import set_route
 from flux_mlx.safe_loading import load_without_code
 from flux_mlx.server import build_parser, default_prompt_cache_bytes
 from flux_mlx.server_http import check_body
-from flux_mlx.server_requests import Generator, PromptCache, RequestLog
+from flux_mlx.server_log import RequestLog, Saved, Served
+from flux_mlx.server_requests import Generator, PromptCache
 from parity_tests.server_process import Server, running_server
 from parity_tests.tiny_directories import flux_directory
 from parity_tests.tiny_models import flux_model, prompt
@@ -248,20 +249,54 @@ def test_the_prompt_cache_is_bounded_and_leaves_a_token_to_run():
     assert cache.fetch_nearest_cache("m", prompt(61, 5)) == (None, prompt(61, 5))
 
 
-def test_the_log_forgets_dropped_requests():
-    def context(tokens):
-        return GenerationContext(False, False, None, None, "normal", tokens)
+def context(tokens: list[int], cached: int = 0) -> GenerationContext:
+    return GenerationContext(False, False, None, None, "normal", tokens, cached)
 
-    log, model = RequestLog(), flux_model()
+
+def test_the_log_forgets_dropped_requests():
+    log, cache = RequestLog(), flux_model().make_cache()
     kept, dropped = context([1, 2]), context([1, 3])
     log.started("kept", kept)
     log.started("dropped", dropped)
     del dropped
-    log.finished([1, 3, 5], model.make_cache())
+    log.ended("dropped")
+    assert log.saved([1, 3, 5], cache) is None
     assert log.stats()["answered"] == 0
-    log.finished([1, 2, 5], model.make_cache())
+    log.ended("kept")
+    assert log.saved([1, 2, 5], cache) == Saved("kept", 3)
     assert [entry["id"] for entry in log.stats()["recent"]] == ["kept"]
-    assert routes(model.make_cache())
+
+
+def test_the_log_tells_requests_of_one_prompt_apart():
+    log, cache, tokens = RequestLog(), flux_model().make_cache(), list(range(9))
+    log.fetched(None)
+    log.started("cold", cold := context(tokens))
+    log.fetched(Saved("older", 20))
+    log.started("warm", warm := context(tokens, 5))
+    for name, end in (("cold", 4), ("warm", 3), ("cold", 8)):
+        log.progressed(name, end)
+    assert [log.saved(tokens[:8], cache) for _ in range(3)] == [Saved("cold", 8), Saved("warm", 8), None]
+    for name, end in (("warm", 4), ("cold", 9)):
+        log.progressed(name, end)
+        log.ended(name)
+        assert log.saved([*tokens, 7], cache) == Saved(name, 10)
+    routes_of_both = "0 of 4 routed layers sparse; full: 0,1,2,3; sparse: none"
+    assert [Served(**entry) for entry in log.stats()["recent"]] == [
+        Served("warm", 9, 5, Saved("older", 20), [3, 1], 1, routes_of_both),
+        Served("cold", 9, 0, None, [4, 4, 1], 1, routes_of_both),
+    ]
+    assert cold.prompt == warm.prompt
+
+
+def test_a_request_served_alone_looks_for_a_cache_after_its_start():
+    log, tokens = RequestLog(), [1, 2, 3]
+    log.started("alone", alone := context(tokens, -1))
+    log.fetched(Saved("older", 2))
+    alone.prompt_cache_count = 2
+    log.progressed("alone", 1)
+    log.ended("alone")
+    log.saved([1, 2, 3, 4], flux_model().make_cache())
+    assert log.stats()["recent"][0]["cached_from"] == ("older", 2)
 
 
 class Failing(Generator):

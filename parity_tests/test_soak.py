@@ -97,14 +97,3 @@ def test_every_answer_is_its_single_run_answer(directory, tmp_path, monkeypatch)
     warm = memory[int(WARM_UP * len(memory)) :]
     assert not LONG or max(warm[len(warm) // 2 :]) <= GROWTH * max(warm[: len(warm) // 2])
     print(f"{REQUESTS} requests, {near_ties} near-ties, resident memory {memory[0]} to {memory[-1]} KiB: {memory}")
-
-
-@pytest.mark.skipif(not LONG, reason="part of the long run")
-def test_automatic_routes_equal_their_replay(directory, tmp_path):
-    texts, runs = prompts(max(8, REQUESTS // 20)), []
-    for run in range(2):
-        with running_server(directory, tmp_path / f"log{run}") as server:
-            answers = [server.complete(text, max_tokens=8) for text in texts]
-            runs.append((answers, [entry["routes"] for entry in server.stats()["recent"]]))
-    assert runs[0] == runs[1]
-    assert len(set(runs[0][1])) > 1
