@@ -1,0 +1,189 @@
+"""Attention of one layer by itself, and Amdahl's ceiling: what routing can gain if all else stays as it is.
+
+A layer's attention is timed as it is called in a model: chunk by chunk over a growing mlx-lm cache, or one query over
+all keys. Calls are chained, each output being the next query, so that none can run beside another.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache
+
+from flux_mlx.attention import full_attention, sparse_attention
+from flux_mlx.models import routed_layers
+from flux_mlx.spec import PatternConfig, visible_pairs
+
+_SAMPLE_S = 0.01  # a sample lasts this long at least, so that waiting for the device does not count
+_MAX_CALLS = 64
+_SAMPLES = 3
+_CACHE_BYTES = 1 << 28  # decode reads this many bytes before it comes back to a key: more than caches hold
+_MAX_KEY_SETS = 16
+
+Attend = Callable[[mx.array, mx.array, mx.array], mx.array]
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of the attention of a model's routed layers, which are taken to be alike."""
+
+    layers: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: mx.Dtype
+    batch: int = 1
+
+    @classmethod
+    def of(cls, model: nn.Module, batch: int = 1) -> AttentionShape:
+        """That of a Flux model."""
+        layers = routed_layers(model)
+        index, attn = next(iter(layers.items()))
+        dtype = model.layers[index].input_layernorm.weight.dtype
+        return cls(len(layers), attn.n_heads, attn.n_kv_heads, attn.pooled_dim, dtype, batch)
+
+    def random(self, heads: int, tokens: int) -> mx.array:
+        """Normal `[B, heads, tokens, D]`, evaluated."""
+        x = mx.random.normal((self.batch, heads, tokens, self.head_dim), self.dtype)
+        mx.eval(x)
+        return x
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of one layer's keys and values."""
+        return 2 * self.batch * self.kv_heads * tokens * self.head_dim * self.dtype.size
+
+
+def dense(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """Causal attention as stock mlx-lm calls it."""
+    return full_attention(q, k, v, impl="ops")
+
+
+def sparse(pattern: PatternConfig, prompt_tokens: int | None) -> Attend:
+    """Sparse attention as a routed layer calls it."""
+    return lambda q, k, v: sparse_attention(q, k, v, pattern, prompt_tokens=prompt_tokens)
+
+
+def seconds_a_call(call: Callable[[mx.array, int], mx.array], q: mx.array) -> float:
+    """Median time of a call (query, index of the call), after two that are not counted unless they are long."""
+
+    def sample(calls: int) -> float:
+        start = time.perf_counter()
+        x = q
+        for index in range(calls):
+            x = call(x, index)
+        mx.eval(x)
+        return (time.perf_counter() - start) / calls
+
+    sample(1)
+    once = sample(1)
+    if once >= 20 * _SAMPLE_S:
+        return once
+    calls = max(1, min(_MAX_CALLS, round(_SAMPLE_S / once)))
+    return statistics.median(sample(calls) for _ in range(_SAMPLES))
+
+
+def prefill_seconds(shape: AttentionShape, tokens: int, step: int, attends: dict[str, Attend]) -> dict[str, float]:
+    """Time of each kind of attention in one layer over a prompt of `tokens`, whose last one is fed later.
+
+    Args:
+        shape: Sizes.
+        tokens: Of the prompt, 2 or more.
+        step: Tokens of a chunk.
+        attends: The kinds, by name; they are timed in turn on every chunk.
+    """
+    cuts = [*range(0, tokens - 1, step), tokens - 1]
+    keys, values = (shape.random(shape.kv_heads, tokens - 1) for _ in range(2))
+    total = dict.fromkeys(attends, 0.0)
+    for start, stop in itertools.pairwise(cuts):
+        q = shape.random(shape.q_heads, stop - start)
+        k, v = KVCache().update_and_fetch(keys[:, :, :stop], values[:, :, :stop])
+        mx.eval(k, v)
+        for name, attend in attends.items():
+            total[name] += seconds_a_call(lambda x, _, a=attend, k=k, v=v: a(x, k, v), q)
+    return total
+
+
+def decode_seconds(shape: AttentionShape, tokens: int, attends: dict[str, Attend]) -> dict[str, float]:
+    """Time of each kind of attention in one layer for one query over `tokens` keys, in a row of calls.
+
+    The calls go round among several caches, so that keys come from memory as they do in a model.
+    """
+    sets = max(1, min(_MAX_KEY_SETS, _CACHE_BYTES // shape.kv_bytes(tokens)))
+    caches = []
+    for _ in range(sets):
+        keys, values = (shape.random(shape.kv_heads, tokens) for _ in range(2))
+        caches.append(KVCache().update_and_fetch(keys, values))
+        mx.eval(caches[-1])
+    q = shape.random(shape.q_heads, 1)
+    return {
+        name: seconds_a_call(lambda x, index, a=attend: a(x, *caches[index % sets]), q)
+        for name, attend in attends.items()
+    }
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Amdahl's ceiling of one phase: stock's time in which only the sparse layers' attention shrinks, ideally.
+
+    Args:
+        stock_s: Stock's time.
+        dense_layer_s: Dense attention of one layer, in the same run.
+        visible_share: Visible over all causal pairs of a sparse layer.
+        layers: Layers that attend.
+        sparse_layers: Of them, sparse; the mean over the rows of a batch.
+    """
+
+    stock_s: float
+    dense_layer_s: float
+    visible_share: float
+    layers: int
+    sparse_layers: float
+
+    @property
+    def ideal_sparse_layer_s(self) -> float:
+        """A sparse layer's attention at the efficiency of the dense one."""
+        return self.dense_layer_s * self.visible_share
+
+    @property
+    def everything_else_s(self) -> float:
+        """Stock's time without attention."""
+        return self.stock_s - self.layers * self.dense_layer_s
+
+    @property
+    def ideal_s(self) -> float | None:
+        """The time to aim at. None if attention by itself took longer than stock's whole run: too noisy to say."""
+        if self.everything_else_s < 0:
+            return None
+        return self.stock_s - self.sparse_layers * (self.dense_layer_s - self.ideal_sparse_layer_s)
+
+    def columns(self, flux_s: float, sparse_layer_s: float) -> dict[str, Any]:
+        """The ceiling beside what was reached.
+
+        Args:
+            flux_s: Flux's time.
+            sparse_layer_s: Measured attention of one sparse layer.
+        """
+        ideal_s = self.ideal_s
+        return {
+            "speedup": self.stock_s / flux_s,
+            "ceiling": None if ideal_s is None else self.stock_s / ideal_s,
+            "fraction_of_ceiling": None if ideal_s is None else ideal_s / flux_s,
+            "everything_else_s": self.everything_else_s,
+            "dense_layer_s": self.dense_layer_s,
+            "sparse_layer_s": sparse_layer_s,
+            "ideal_sparse_layer_s": self.ideal_sparse_layer_s,
+            "sparse_fraction_of_ideal": self.ideal_sparse_layer_s / sparse_layer_s,
+            "visible_share": self.visible_share,
+        }
+
+
+def visible_share(pattern: PatternConfig, q_tokens: int, kv_tokens: int) -> float:
+    """Pairs that streaming sees over those that causal attention sees, the queries being the last."""
+    return visible_pairs(pattern, q_tokens, kv_tokens) / visible_pairs(None, q_tokens, kv_tokens)
