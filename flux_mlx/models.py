@@ -24,8 +24,10 @@ from mlx_lm.utils import _get_classes
 from flux_mlx.attention import sparse_attention
 from flux_mlx.cache import CacheList, describe_routes
 from flux_mlx.cache import routes as taken_routes
+from flux_mlx.callers import refuse_gguf_export
 from flux_mlx.families import ATTENTION_MODULES, head_dim, is_routable, project, project_queries, rotate
 from flux_mlx.router import Affine, LayerRouter, decide, pool_queries
+from flux_mlx.router_training import Samples, TrainableAffine, attend_training, make_trainable
 from flux_mlx.spec import FluxConfig, Route, parse_route
 from flux_mlx.spec.config import ROUTER_INFIX, RoutePolicy
 from flux_mlx.streaming import compact
@@ -40,13 +42,17 @@ class RoutedAttention:
         flux: Settings shared by the layers of the model.
         forced: Route that stands in for the router's decision, or None.
         group: The ranks that share the layer's heads, or None.
+        samples: Of the training step, if the router is to be trained (`flux_mlx.router_training`); else None.
     """
 
     group: mx.distributed.Group | None = None
+    samples: Samples | None = None
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         if cache is None and not self.training and self.forced != Route.FULL:
             return self.attend_uncached(x, mask)
+        if cache is None and self.training and self.samples is not None and self.forced is None:
+            return attend_training(self, x, mask)
         if not isinstance(cache, CacheList):
             return super().__call__(x, mask, cache)
         cache.widen(x.shape[0])
@@ -173,6 +179,8 @@ def row_groups(sparse: list[bool], left_padding: list[int]) -> Iterator[RowGroup
 class FluxModel:
     """Mixed in front of a stock model class: caches, weights and settings of a routed model."""
 
+    flux_samples: Samples | None = None
+
     def make_cache(self) -> list[Any]:
         """The stock cache, with a routed cache for every routed layer."""
         entries = self._stock_cache()
@@ -192,8 +200,9 @@ class FluxModel:
 
     @staticmethod
     def trainable_parameter_filter(module: nn.Module, key: str, value: Any) -> bool:
-        """For `mlx_lm.lora`: full fine-tuning leaves routers alone, as LoRA does. They are trained elsewhere."""
-        return not isinstance(module, Affine) and nn.Module.trainable_parameter_filter(module, key, value)
+        """For `mlx_lm.lora`: full fine-tuning leaves routers alone, as LoRA does, unless asked for them."""
+        frozen = isinstance(module, Affine) and not isinstance(module, TrainableAffine)
+        return not frozen and nn.Module.trainable_parameter_filter(module, key, value)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """The stock model's renaming; router weights pass through it."""
@@ -209,6 +218,8 @@ def _checked_call(stock: type) -> Any:
     def call(self, *args: Any, **kwargs: Any) -> mx.array:
         cache = kwargs.get("cache", args[1] if len(args) > 1 else None)
         if cache is None:
+            if self.training and self.flux_samples is not None:
+                self.flux_samples.note(args[0] if args else kwargs["inputs"])
             return stock.__call__(self, *args, **kwargs)
         if len(cache) != len(self.layers):
             raise ValueError(f"[FluxModel] the cache has {len(cache)} entries, the model {len(self.layers)} layers.")
@@ -294,7 +305,7 @@ def _apply(model: nn.Module, config: FluxConfig, fresh: bool) -> nn.Module:
         attn.flux = config
     model.__class__ = _mixed(FluxModel, type(model))
     model.flux = config
-    model.flux_show = os.environ.get("FLUX_MLX_SHOW_ROUTES", "") not in ("", "0")
+    model.flux_show = _switched_on("FLUX_MLX_SHOW_ROUTES")
     set_route(model, config.route)
     return model
 
@@ -337,14 +348,26 @@ class ModelArgs:
 def Model(args: ModelArgs) -> nn.Module:  # noqa: N802 (mlx-lm's loader asks for this name)
     """Build the stock model of the config's `model_type` and make it route; its routers wait for their weights.
 
-    `FLUX_MLX_ROUTE` in the environment overrides the config's route: stock commands have no flag for it.
+    Stock commands have no flags for this: `FLUX_MLX_ROUTE` in the environment overrides the config's route,
+    `FLUX_MLX_TRAIN_ROUTERS=1` opens the routers to trainers.
+
+    Raises:
+        ValueError: The config does not fit the stock model, or `mlx_lm.fuse --export-gguf` loads it.
     """
+    refuse_gguf_export()
     stock_model, stock_args = _get_classes(args.config)
     _check_types(args.config, stock_args)
     model = _apply(stock_model(stock_args.from_dict(args.config)), args.flux, fresh=False)
     if route := os.environ.get("FLUX_MLX_ROUTE"):
         set_route(model, parse_route(route))
+    if _switched_on("FLUX_MLX_TRAIN_ROUTERS"):
+        model.flux_samples = make_trainable(routed_layers(model).values())
     return model
+
+
+def _switched_on(name: str) -> bool:
+    """Whether a variable of the environment is set, and not to 0."""
+    return os.environ.get(name, "") not in ("", "0")
 
 
 def _check_types(config: dict[str, Any], stock_args: type) -> None:
