@@ -2,6 +2,9 @@
 
 Once the window has left the sink, a query block sees [sink | earlier local blocks | own block], and the lower-right
 causal rule over exactly these keys is the streaming pattern. So a block is one batch item of a stock causal call.
+
+A few queries (decode, verification of drafts) are another matter: copying sink and window side by side costs more than
+attending to them. Where MLX composes attention itself, on a CPU, the scores of both are joined instead.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from flux_mlx.spec import PatternConfig, visible
 BLOCKS_PER_CALL = 32  # bounds the copy of the gathered keys: 32 * (sink + window) of them
 MIN_TILE_TOKENS = 32  # smaller blocks make poor batch items: their queries go by masked tiles of
 MASKED_TILE_TOKENS = 256  # this many
+FEW_QUERIES = 16  # up to so many queries read sink and window where they lie, on a CPU
 
 
 def dense(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
@@ -35,7 +39,7 @@ class Piece(NamedTuple):
 def plan(pattern: PatternConfig, start: int, stop: int) -> Iterator[Piece]:
     """Cut the query positions [start, stop) into pieces, in order."""
     block = pattern.block_size
-    dense_stop = min(stop, (pattern.sink_blocks + pattern.window_blocks) * block)
+    dense_stop = min(stop, pattern.dense_tokens)
     if start < dense_stop:
         yield Piece("dense", start, dense_stop)
         start = dense_stop
@@ -61,8 +65,8 @@ def attend(q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, scale:
         if kind == "dense":
             outputs.append(dense(rows, k[:, :, :stop], v[:, :, :stop], scale))
         elif kind == "part":
-            keys, values = (_gather_one(x, pattern, start, stop) for x in (k, v))
-            outputs.append(dense(rows, keys, values, scale))
+            attend_part = _attend_in_place if reads_in_place(rows, pattern) else _attend_gathered
+            outputs.append(attend_part(rows, k, v, pattern, start, stop, scale))
         elif kind == "blocks":
             outputs.append(_attend_blocks(rows, k, v, pattern, start, stop, scale))
         else:
@@ -70,10 +74,43 @@ def attend(q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, scale:
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 
-def _gather_one(x: mx.array, pattern: PatternConfig, start: int, stop: int) -> mx.array:
-    """[sink | local keys up to `stop`] of the queries [start, stop), `[B, HKV, ., D]`."""
-    local = x[:, :, pattern.window_start(start) : stop]
-    return mx.concatenate([x[:, :, : pattern.sink_span], local], axis=2) if pattern.sink_span else local
+def reads_in_place(q: mx.array, pattern: PatternConfig) -> bool:
+    """Whether queries of one block `[B, HQ, L, D]` go to `_attend_in_place` rather than to a copy of their keys.
+
+    Two products more, which on a GPU are four launches, must cost less than copying sink and window: on a CPU they do
+    (benchmarks/cpu_decode.json). A GPU copies about 9 MB a layer at 2,176 keys, 8 heads and D 128 in 16 bits, less time
+    than the launches; there kernels read in place (`kernel_policy`).
+    """
+    return pattern.sink_span > 0 and q.shape[2] <= FEW_QUERIES and mx.default_device() == mx.Device(mx.cpu)
+
+
+def _attend_gathered(
+    q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, start: int, stop: int, scale: float
+) -> mx.array:
+    """The queries [start, stop) of one block, by a stock call over [sink | local keys]."""
+    low = pattern.window_start(start)
+    keys, values = k[:, :, low:stop], v[:, :, low:stop]
+    if pattern.sink_span:
+        keys = mx.concatenate([k[:, :, : pattern.sink_span], keys], axis=2)
+        values = mx.concatenate([v[:, :, : pattern.sink_span], values], axis=2)
+    return dense(q, keys, values, scale)
+
+
+def _attend_in_place(
+    q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, start: int, stop: int, scale: float
+) -> mx.array:
+    """The same without a copy: scores of sink and window apart, one softmax over both, two sums of values."""
+    B, HQ, L, D = q.shape
+    HKV, sink, local = k.shape[1], slice(0, pattern.sink_span), slice(pattern.window_start(start), stop)
+    rows = (q * scale).reshape(B, HKV, -1, D)  # the queries of a KV head, head by head: [B, HKV, G * L, D]
+    near = rows @ k[:, :, local].swapaxes(-1, -2)
+    if L > 1:
+        hidden = mx.arange(start, stop)[:, None] < mx.arange(local.start, stop)
+        near = mx.where(hidden, -mx.inf, near.reshape(B, HKV, -1, *hidden.shape)).reshape(near.shape)
+    far = rows @ k[:, :, sink].swapaxes(-1, -2)
+    weights = mx.softmax(mx.concatenate([far, near], axis=-1), axis=-1, precise=True)
+    out = weights[..., sink] @ v[:, :, sink] + weights[..., sink.stop :] @ v[:, :, local]
+    return out.reshape(B, HQ, L, -1)
 
 
 def _gather_blocks(x: mx.array, pattern: PatternConfig, start: int, stop: int) -> mx.array:

@@ -6,6 +6,7 @@ Every size and default of the project is defined here; command lines and backend
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -116,9 +117,14 @@ class PatternConfig:
         """First position of the local blocks of the query at `q_pos`, never below 0."""
         return max(0, (q_pos // self.block_size - self.window_blocks + 1) * self.block_size)
 
+    @functools.cached_property
+    def dense_tokens(self) -> int:
+        """The longest sequence whose keys all lie in sink and window, whatever its query."""
+        return self.sink_span + self.window_span
+
     def is_dense(self, kv_tokens: int) -> bool:
         """Whether streaming shows every one of the first `kv_tokens` keys to every later query among them."""
-        return kv_tokens <= 0 or self.window_start(kv_tokens - 1) <= self.sink_span
+        return kv_tokens <= self.dense_tokens
 
     @classmethod
     def from_dict(cls, data: Any) -> PatternConfig:
