@@ -4,13 +4,17 @@ Stock mlx-lm runs all layers over one chunk of the prompt, then the next chunk; 
 the prompt's end has reached its layer. Here each layer in turn is decided from the pooled queries of the whole
 prompt, then runs over all chunks. That costs one buffer of hidden states `[L, hidden]`, and nothing else changes: the
 chunks are stock's, and each is computed by the stock model's own forward pass in which all other layers are skipped.
+
+The device is kept busy: chunks are handed to it ahead of time, a few at once, and a layer's route is first waited for
+where it matters, behind the chunks that sink and window hold as a whole. A prompt of one chunk is stock's own call.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -21,9 +25,13 @@ from mlx_lm.models.cache import KVCache
 
 from flux_mlx.cache import CacheList, tokens_held
 from flux_mlx.families import inner_model
-from flux_mlx.models import RoutedAttention, routed_layers
+from flux_mlx.models import RoutedAttention, prompt_ends, routed_layers
+from flux_mlx.spec import Route
 
 DEFAULT_STEP_TOKENS = 2048
+CHUNKS_AHEAD = (
+    2  # chunks of a layer that wait for the device while it computes: one would do, if none took long to build
+)
 
 
 class _Skipped:
@@ -50,12 +58,10 @@ class _Receiver(_Skipped):
 class _Active(_Skipped):
     """The one layer that runs: on `hidden`, whatever the stock loop hands it."""
 
-    def __init__(self, layer: nn.Module, hidden: mx.array):
-        super().__init__(layer)
-        self._hidden = hidden
+    hidden: mx.array
 
     def __call__(self, h: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        self.out = self._layer(self._hidden, *args, **kwargs)
+        self.out = self._layer(self.hidden, *args, **kwargs)
         return h
 
 
@@ -83,13 +89,21 @@ def _entries(cache: list[Any], index: int) -> list[Any]:
     return [cache[index] if type(entry) is type(cache[index]) else entry for entry in cache]
 
 
-def _run_layer(inner: nn.Module, index: int, tokens: mx.array, hidden: mx.array, cache: list[Any]) -> mx.array:
-    """One layer over one chunk, within the stock forward pass, which makes the masks: `[1, L, hidden]`."""
-    view = copy.copy(inner)
-    active = _Active(inner.layers[index], hidden)
-    view.layers = [active if i == index else _Skipped(layer) for i, layer in enumerate(inner.layers)]
-    view(tokens, _entries(cache, index))
-    return active.out
+class _OneLayer:
+    """One layer within the stock forward pass, which makes the masks."""
+
+    def __init__(self, inner: nn.Module, index: int, cache: list[Any]):
+        self._view = copy.copy(inner)
+        self._layer = _Active(inner.layers[index])
+        self._view.layers = [self._layer if i == index else _Skipped(other) for i, other in enumerate(inner.layers)]
+        self._cache = cache
+        self._index = index
+
+    def __call__(self, tokens: mx.array, hidden: mx.array) -> mx.array:
+        """The layer over one chunk: `[1, L, hidden]` to the same."""
+        self._layer.hidden = hidden
+        self._view(tokens, _entries(self._cache, self._index))
+        return self._layer.out
 
 
 def _embed(inner: nn.Module, tokens: mx.array, cache: list[Any]) -> mx.array:
@@ -101,24 +115,13 @@ def _embed(inner: nn.Module, tokens: mx.array, cache: list[Any]) -> mx.array:
     return probe.hidden
 
 
-def _ends(chunks: list[mx.array], pool_tokens: int) -> tuple[mx.array, mx.array]:
-    """First and last `pool_tokens` rows (or all) of the hidden states held in chunks `[1, ., hidden]`."""
-    head, tail = [], []
-    for rows, ordered in ((head, chunks), (tail, chunks[::-1])):
-        for chunk in ordered:
-            if sum(part.shape[1] for part in rows) < pool_tokens:
-                rows.append(chunk)
-    head, tail = mx.concatenate(head, axis=1), mx.concatenate(tail[::-1], axis=1)
-    return head[:, :pool_tokens], tail[:, -pool_tokens:]
-
-
 def _route_layer(layer: nn.Module, entry: CacheList, chunks: list[mx.array]) -> None:
-    """Decide the layer's route from both ends of the prompt, unless it is forced."""
+    """Have the layer's route decided from both ends of the prompt, unless it is forced."""
     attn: Any = layer.self_attn
     if attn.forced is None:
-        head, tail = (_attention_input(layer, end) for end in _ends(chunks, attn.flux.router.pool_tokens))
-        entry.feed(0, attn.query_rows(head), attn.query_rows(tail), sum(chunk.shape[1] for chunk in chunks))
-        entry.decide(attn.decide(entry.pooled()), [True])
+        ends = _attention_input(layer, prompt_ends(chunks, attn.flux.router.pool_tokens))
+        attn.feed(ends, sum(chunk.shape[1] for chunk in chunks), entry)
+        attn.decide(entry, [True])
 
 
 def _chunks(model: nn.Module, tokens: mx.array, offset: int, step: int) -> list[mx.array]:
@@ -132,6 +135,27 @@ def _chunks(model: nn.Module, tokens: mx.array, offset: int, step: int) -> list[
     step = -(-step // block) * block
     cuts = [0, *range(step - offset % block, tokens.size, step), tokens.size]
     return [tokens[None, start:stop] for start, stop in itertools.pairwise(cuts) if start < stop]
+
+
+def _is_one_stock_call(model: nn.Module, chunks: list[mx.array]) -> bool:
+    """Whether stock's call of the whole prompt routes and computes as exact prefill does."""
+    attns = routed_layers(model).values()
+    shortest = max((attn.flux.router.min_prefill_tokens for attn in attns), default=1)
+    is_streaming = all(attn.flux.pattern.name == "streaming" for attn in attns)
+    return len(chunks) == 1 and is_streaming and chunks[0].shape[1] >= shortest
+
+
+def _reserve(entry: Any, tokens: int) -> None:
+    """Let a stock cache grow by `tokens` at once when it grows next, instead of being copied for every chunk."""
+    kv = entry.kv if isinstance(entry, CacheList) else entry
+    if type(kv) is KVCache:
+        kv.step = -(-tokens // KVCache.step) * KVCache.step
+
+
+def _unreserve(entry: Any) -> None:
+    """Stock's steps from now on."""
+    kv = entry.kv if isinstance(entry, CacheList) else entry
+    vars(kv).pop("step", None)
 
 
 def _restorer(entry: Any) -> Callable[[], None]:
@@ -188,17 +212,20 @@ def prefill(
         CacheList.adopt(entry)
         if not isinstance(getattr(entry, "offset", 0), int):
             raise ValueError("[prefill] the cache must be of one row, got one of a batch.")
+    if kv_bits is not None and any(attn.evicts for attn in routed_layers(model).values()):
+        raise ValueError("[prefill] the KV policy evict does not go with kv_bits: keep all keys, or do not quantise.")
     report = prompt_progress_callback or (lambda done, total: None)
     report(0, len(cache))
     chunks = _chunks(model, prompt[:-1], tokens_held(cache), prefill_step_size)
-    hidden: list[mx.array | None] = [None] * len(chunks)
     entries, restorers = list(cache), [_restorer(entry) for entry in cache]
     try:
-        for index in range(len(cache) if chunks else 0):
-            hidden = _prefill_layer(model, index, cache, chunks, hidden)
+        layers = _one_call if _is_one_stock_call(model, chunks) else _layer_by_layer
+        for index in layers(model, cache, chunks) if chunks else range(len(cache)):
             layer_cache = cache[index : index + 1]
             maybe_quantize_kv_cache(layer_cache, quantized_kv_start, kv_group_size, kv_bits)
-            cache[index] = layer_cache[0]
+            if layer_cache[0] is not cache[index]:
+                cache[index] = layer_cache[0]
+                mx.async_eval(cache[index].state)
             report(index + 1, len(cache))
     except BaseException:
         cache[:] = entries
@@ -208,26 +235,80 @@ def prefill(
     return prompt[-1:]
 
 
+def _one_call(model: nn.Module, cache: list[Any], chunks: list[mx.array]) -> Iterator[int]:
+    """Run a prompt of one chunk; yields the layers that are done."""
+    inner_model(model)(chunks[0], cache)
+    mx.async_eval([_keys(entry) for entry in cache])
+    yield from range(len(cache))
+
+
+def _keys(entry: Any) -> list[Any]:
+    """What a chunk adds to a cache entry, but for what can wait: the pools, of which only the inputs are kept."""
+    return [entry.kv.state, entry.inputs] if isinstance(entry, CacheList) else entry.state
+
+
+def _layer_by_layer(model: nn.Module, cache: list[Any], chunks: list[mx.array]) -> Iterator[int]:
+    """Run each layer over all chunks; yields the layers that are done."""
+    hidden: list[mx.array | None] = [_embed(inner_model(model), chunk, cache) for chunk in chunks]
+    device = _Ahead(len(cache))
+    for index in range(len(cache)):
+        _prefill_layer(model, index, cache, chunks, hidden, device)
+        yield index
+
+
+class _Ahead:
+    """Hands work to the device, and waits only when it is `CHUNKS_AHEAD` chunks behind: that bounds memory."""
+
+    def __init__(self, n_layers: int):
+        self._n_layers = n_layers
+        self._handed_over = 0
+        self._under_way: deque[mx.array] = deque()
+
+    def hand_over(self, entry: Any, out: mx.array | None) -> None:
+        """Start the work of one layer on one chunk: what its cache entry then holds, and what it puts out.
+
+        Only `out` is waited for: a reference to keys would have the next chunk copy them.
+        """
+        mx.async_eval(_keys(entry), out)
+        if out is not None:
+            self._under_way.append(out)
+        if len(self._under_way) > CHUNKS_AHEAD:
+            mx.eval(self._under_way.popleft())
+        self._handed_over += 1
+        if self._handed_over % self._n_layers == 0:  # as often as stock does: after one chunk's work in all layers
+            mx.clear_cache()
+
+
 def _prefill_layer(
-    model: nn.Module, index: int, cache: list[Any], chunks: list[mx.array], hidden: list[mx.array | None]
-) -> list[mx.array | None]:
-    """One layer over all chunks: hidden states in (None: the embedding of the tokens), hidden states out."""
+    model: nn.Module,
+    index: int,
+    cache: list[Any],
+    chunks: list[mx.array],
+    hidden: list[mx.array | None],
+    device: _Ahead,
+) -> None:
+    """One layer over all chunks; `hidden`, the hidden states that it gets, become those that it puts out."""
     layer, entry, is_last = model.layers[index], cache[index], index == len(model.layers) - 1
-    routed = isinstance(entry, CacheList) and isinstance(getattr(layer, "self_attn", None), RoutedAttention)
-    if hidden[0] is None:
-        hidden = [_embed(inner_model(model), chunk, cache) for chunk in chunks]
+    attn, run = getattr(layer, "self_attn", None), _OneLayer(inner_model(model), index, cache)
+    routed = isinstance(entry, CacheList) and isinstance(attn, RoutedAttention)
+    evicts = routed and attn.evicts and entry.offset == 0  # an interrupted prefill must find older keys again
+    left = sum(chunk.shape[1] for chunk in chunks)
     if routed:
+        entry.pinned, entry.drops_early = entry.offset + left + 1, evicts and attn.flux.pattern.name == "streaming"
         _route_layer(layer, entry, hidden)
-        entry.pinned = entry.offset + sum(chunk.shape[1] for chunk in chunks) + 1
+        if not attn.is_dense(entry, left):
+            entry.start_decision()  # ahead of the chunks: the first ones can do without it
     try:
         for i, chunk in enumerate(chunks):
-            out = _run_layer(inner_model(model), index, chunk, hidden[i], cache)
-            if is_last:  # only keys and values are needed; an output kept unevaluated would keep old ones alive
-                out = None
-            mx.eval(entry.state, out)
-            hidden[i] = out
-        mx.clear_cache()
+            if i == int(evicts):  # the first chunk does not know yet whether all keys will be kept
+                _reserve(entry, left)
+            out = run(chunk, hidden[i])
+            hidden[i] = None if is_last else out  # of the last layer only keys and values are needed
+            device.hand_over(entry, hidden[i])
+            left -= chunk.shape[1]
+        if evicts and not attn.is_dense(entry, 0) and Route.SPARSE in entry.routes:
+            entry.evict(attn.flux.pattern)
     finally:
+        _unreserve(entry)
         if routed:
-            entry.pinned = None
-    return hidden
+            entry.pinned, entry.drops_early = None, False

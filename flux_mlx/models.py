@@ -26,11 +26,13 @@ from flux_mlx.cache import CacheList, describe_routes
 from flux_mlx.cache import routes as taken_routes
 from flux_mlx.callers import refuse_gguf_export
 from flux_mlx.families import ATTENTION_MODULES, head_dim, is_routable, project, project_queries, rotate
-from flux_mlx.router import Affine, LayerRouter, decide, pool_queries
+from flux_mlx.router import Affine, LayerRouter, decide, is_sparse, pool_queries
 from flux_mlx.router_training import Samples, TrainableAffine, attend_training, make_trainable
 from flux_mlx.spec import FluxConfig, Route, parse_route
 from flux_mlx.spec.config import ROUTER_INFIX, RoutePolicy
 from flux_mlx.streaming import compact
+
+KV_POLICIES = ("keep", "evict")
 
 
 class RoutedAttention:
@@ -42,10 +44,12 @@ class RoutedAttention:
         flux: Settings shared by the layers of the model.
         forced: Route that stands in for the router's decision, or None.
         group: The ranks that share the layer's heads, or None.
+        evicts: Whether caches of this layer drop, once it is sparse, what it no longer sees.
         samples: Of the training step, if the router is to be trained (`flux_mlx.router_training`); else None.
     """
 
     group: mx.distributed.Group | None = None
+    evicts = False
     samples: Samples | None = None
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
@@ -57,10 +61,9 @@ class RoutedAttention:
             return super().__call__(x, mask, cache)
         cache.widen(x.shape[0])
         self.route(x, cache)
-        sparse = [route == Route.SPARSE for route in cache.routes]
-        if not any(sparse) or self.is_dense(cache, x.shape[1]):
+        if self.is_dense(cache, x.shape[1]) or Route.SPARSE not in cache.routes:  # dense calls need no route yet
             return super().__call__(x, mask, cache.kv)
-        return self.attend(x, mask, cache, sparse)
+        return self.attend(x, mask, cache)
 
     def is_dense(self, cache: CacheList, tokens: int) -> bool:
         """Whether sparse attention is full attention in this call; xattention's prefill drops blocks at any length."""
@@ -74,22 +77,31 @@ class RoutedAttention:
     def route(self, x: mx.array, cache: CacheList) -> None:
         """Pool this call's prompt tokens and decide, unless the call is too short or the route is fixed."""
         if self.forced is not None:
-            cache.set_routes([self.forced] * len(cache.counters))
-        elif cache.pinned is None:
-            lengths = cache.row_lengths(x.shape[1])
-            pooled = [n >= self.flux.router.min_prefill_tokens for n in lengths]
-            cache.skip([0 if is_pooled else n for n, is_pooled in zip(lengths, pooled, strict=True)])
-            for row, (n, is_pooled) in enumerate(zip(lengths, pooled, strict=True)):
-                if is_pooled:
-                    self.pool(x[row : row + 1, :n], cache, row)
-            if any(pooled):
-                cache.decide(self.decide(cache.pooled()), pooled)
+            cache.set_routes([self.forced] * x.shape[0])
+        elif cache.pinned is None and not (cache.is_idle and x.shape[1] < self.flux.router.min_prefill_tokens):
+            self.route_rows(x, cache)
         cache.caches[1].advance(x.shape[1])
 
-    def pool(self, x: mx.array, cache: CacheList, row: int) -> None:
-        """Pool the attention inputs `[1, L, hidden]` of one row's prompt tokens."""
-        P = self.flux.router.pool_tokens
-        cache.feed(row, self.query_rows(x[:, :P]), self.query_rows(x[:, -P:]), x.shape[1])
+    def route_rows(self, x: mx.array, cache: CacheList) -> None:
+        """Pool and decide the rows whose part of the call is long enough; note the others."""
+        lengths = cache.row_lengths(x.shape[1])
+        pooled = [n >= self.flux.router.min_prefill_tokens for n in lengths]
+        cache.skip([0 if is_pooled else n for n, is_pooled in zip(lengths, pooled, strict=True)])
+        for row, (n, is_pooled) in enumerate(zip(lengths, pooled, strict=True)):
+            if is_pooled:
+                self.feed(prompt_ends([x[row : row + 1, :n]], self.flux.router.pool_tokens), n, cache, row)
+        if any(pooled):
+            self.decide(cache, pooled)
+
+    def feed(self, ends: mx.array, tokens: int, cache: CacheList, row: int = 0) -> None:
+        """Pool `tokens` prompt tokens of a row, of which `ends` are the `prompt_ends` as this module gets them."""
+        rows, P = self.query_rows(ends), self.flux.router.pool_tokens
+        cache.feed(row, rows[:P], rows[-P:], tokens)
+        cache.inputs = ends
+
+    def decide(self, cache: CacheList, fed: list[bool]) -> None:
+        """Let the router decide the rows that were fed. The decision stays on the device until it is needed."""
+        cache.decide(is_sparse(self.route_logits(cache.pooled())), fed)
 
     def query_rows(self, x: mx.array) -> mx.array:
         """Queries before RoPE, averaged over the heads of all ranks: `[1, L, hidden]` to float32 `[L, D]`."""
@@ -99,20 +111,23 @@ class RoutedAttention:
         """The mean over the heads of all ranks, of the mean over this rank's."""
         return mean if self.group is None else mx.distributed.all_sum(mean, group=self.group) / self.group.size()
 
-    def decide(self, pooled: mx.array) -> list[Route]:
-        """The router's decisions for pooled queries `[B, D]`; those of rank 0, so that all ranks take the same."""
+    def route_logits(self, pooled: mx.array) -> mx.array:
+        """The router's logits for pooled queries `[B, D]`; those of rank 0, so that all ranks decide the same."""
         logits = self.router(pooled)
         if self.group is not None:
             logits = mx.distributed.all_sum(logits * (self.group.rank() == 0), group=self.group)
-        return decide(logits)
+        return logits
 
-    def attend(self, x: mx.array, mask: Any, cache: CacheList, sparse: list[bool]) -> mx.array:
+    def attend(self, x: mx.array, mask: Any, cache: CacheList) -> mx.array:
         """Attention with at least one sparse row, output projection included."""
+        if self.evicts and (cache.drops_early or x.shape[1] < self.flux.router.min_prefill_tokens):
+            cache.evict(self.flux.pattern)
         offset = cache.offset
         q, k, v = (part.swapaxes(1, 2) for part in project(self, x))  # [B, H, L, D]
         q, k = rotate(self, q, offset), rotate(self, k, offset)
         k, v = cache.kv.update_and_fetch(k, v)
-        return self.attend_rows(q, k, v, mask, row_groups(sparse, cache.left_padding()), cache)
+        groups = row_groups([route == Route.SPARSE for route in cache.routes], cache.left_padding())
+        return self.attend_rows(q, k, v, mask, list(groups), cache)
 
     def attend_uncached(self, x: mx.array, mask: Any) -> mx.array:
         """Attention over whole rows without a cache, each routed by itself: `mlx_lm.perplexity`, calibration.
@@ -122,31 +137,33 @@ class RoutedAttention:
         q, k, v = project(self, x)  # [B, L, H, D]
         routes = [self.forced] * x.shape[0]
         if self.forced is None:
-            routes = self.decide(self.over_ranks(pool_queries(q, self.flux.router.pool_tokens)))
+            routes = decide(self.route_logits(self.over_ranks(pool_queries(q, self.flux.router.pool_tokens))))
         q, k, v = (part.swapaxes(1, 2) for part in (q, k, v))
         groups = row_groups([route == Route.SPARSE for route in routes], [0] * x.shape[0])
-        return self.attend_rows(rotate(self, q, 0), rotate(self, k, 0), v, mask, groups, None)
+        return self.attend_rows(rotate(self, q, 0), rotate(self, k, 0), v, mask, list(groups), None)
 
     def attend_rows(
-        self, q: mx.array, k: Any, v: Any, mask: Any, groups: Iterator[RowGroup], cache: CacheList | None
+        self, q: mx.array, k: Any, v: Any, mask: Any, groups: list[RowGroup], cache: CacheList | None
     ) -> mx.array:
         """Attention of a batch, group of rows by group, and the output projection: `[B, L, hidden]`."""
         outputs = []
-        for rows, sparse, padding in groups:
-            keys, values = (tree_map(lambda part: part[rows, :, padding:], x) for x in (k, v))  # noqa: B023
-            if sparse:
-                outputs.append(self.attend_sparse(q[rows], keys, values, cache))
+        for group in groups:
+            queries, keys, values = q, k, v
+            if len(groups) > 1 or group.padding:
+                queries, (keys, values) = q[group.rows], (tree_map(group.cut, x) for x in (k, v))
+            if group.sparse:
+                outputs.append(self.attend_sparse(queries, keys, values, cache))
                 continue
-            own = mask[rows] if isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[0] > 1 else mask
+            own = mask[group.rows] if isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[0] > 1 else mask
             kv = None if cache is None else cache.kv
-            out = scaled_dot_product_attention(q[rows], keys, values, cache=kv, scale=self.scale, mask=own)
+            out = scaled_dot_product_attention(queries, keys, values, cache=kv, scale=self.scale, mask=own)
             outputs.append(out)
         out = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
         return self.o_proj(out.swapaxes(1, 2).reshape(out.shape[0], out.shape[2], -1))
 
     def attend_sparse(self, q: mx.array, k: Any, v: Any, cache: CacheList | None) -> mx.array:
         """Sparse attention over keys without padding; of quantised keys only the visible ones are dequantised."""
-        pattern, prompt_tokens = self.flux.pattern, None if cache is None else cache.pinned
+        pattern, prompt_tokens = self.flux.pattern, None if cache is None or cache.is_evicted else cache.pinned
         if cache is not None and hasattr(cache.kv, "bits"):
             if prompt_tokens is None or pattern.name == "streaming":
                 k, v = (tuple(compact(part, pattern, q.shape[2]) for part in x) for x in (k, v))
@@ -162,6 +179,10 @@ class RowGroup(NamedTuple):
     sparse: bool
     padding: int  # keys on the left to leave out
 
+    def cut(self, x: mx.array) -> mx.array:
+        """The group's part of keys or values `[B, HKV, S, D]`."""
+        return x[self.rows, :, self.padding :]
+
 
 def row_groups(sparse: list[bool], left_padding: list[int]) -> Iterator[RowGroup]:
     """The runs of rows that take one route, in order.
@@ -174,6 +195,22 @@ def row_groups(sparse: list[bool], left_padding: list[int]) -> Iterator[RowGroup
         stop = start + len(list(run))
         yield RowGroup(slice(start, stop), *key)
         start = stop
+
+
+def prompt_ends(chunks: list[mx.array], pool_tokens: int) -> mx.array:
+    """What the router pools of a prompt in chunks `[1, ., hidden]`: its first and last `pool_tokens` rows, or all."""
+    if sum(chunk.shape[1] for chunk in chunks) <= 2 * pool_tokens:
+        return chunks[0] if len(chunks) == 1 else mx.concatenate(chunks, axis=1)
+    head, head_tokens, tail, tail_tokens = [], pool_tokens, [], pool_tokens  # tokens that are missing
+    for chunk in chunks:
+        if head_tokens > 0:
+            head.append(chunk[:, :head_tokens])
+            head_tokens -= chunk.shape[1]
+    for chunk in reversed(chunks):
+        if tail_tokens > 0:
+            tail.insert(0, chunk[:, -tail_tokens:])
+            tail_tokens -= chunk.shape[1]
+    return mx.concatenate(head + tail, axis=1)
 
 
 class FluxModel:
@@ -328,6 +365,23 @@ def set_route(model: nn.Module, policy: RoutePolicy) -> None:
     words = {"auto": None, "full": Route.FULL, "sparse": Route.SPARSE}
     for i, attn in routed.items():
         attn.forced = words[policy] if isinstance(policy, str) else Route.FULL if i in policy else Route.SPARSE
+
+
+def set_kv_policy(model: nn.Module, policy: str) -> None:
+    """Choose what sparse layers keep from now on.
+
+    Args:
+        model: A Flux model.
+        policy: "keep": all keys and values. "evict": once a layer is sparse, sink and window only, dropped for good:
+            the layer stays sparse as long as the cache lives, and cuts reach back one block. For one row at a time.
+
+    Raises:
+        ValueError: Another word.
+    """
+    if policy not in KV_POLICIES:
+        raise ValueError(f"[set_kv_policy] policy must be one of {list(KV_POLICIES)}, got {policy!r}.")
+    for attn in routed_layers(model).values():
+        attn.evicts = policy == "evict"
 
 
 class ModelArgs:

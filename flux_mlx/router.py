@@ -64,6 +64,11 @@ def p_full(logits: mx.array) -> mx.array:
     return mx.sigmoid(logits[:, 1] - logits[:, 0])
 
 
+def is_sparse(logits: mx.array) -> mx.array:
+    """SPARSE unless logit 1 > logit 0, row by row, `[B]`; FULL, the safe one, if they are not numbers."""
+    return logits[:, 0] >= logits[:, 1]
+
+
 def decide(logits: mx.array) -> list[Route]:
-    """FULL iff logit 1 > logit 0, row by row; FULL, the safe one, if they are not numbers. Waits for the logits."""
-    return [Route.SPARSE if sparse >= full else Route.FULL for sparse, full in logits.tolist()]
+    """`is_sparse` as routes. Waits for the logits."""
+    return [Route.SPARSE if sparse else Route.FULL for sparse in is_sparse(logits).tolist()]

@@ -1,0 +1,249 @@
+"""What the router remembers of a prompt, row by row: the pools it reads, counters, the route.
+
+All of it is in the three arrays of an `ArraysCache`, batch first:
+
+    slot 0  counters  int32 [B, 9]        see `Counter`
+    slot 1  prefix    float32 [B, P, D]   pooled queries of the first P prompt tokens, one row a token
+    slot 2  recent    float32 [B, P, D]   those of the last P prompt tokens, the newest last
+
+A row of zeros, as stock code makes for new rows, means: nothing known, compute full attention.
+
+The counters are kept on the host; the one thing that only the device knows is a decision just made. It stays there
+until somebody asks for the route. Nobody does while sink and window hold every key, so a short prompt waits for no
+route; its pools are computed when the first token is out.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from flux_mlx.spec import Route
+
+
+class Counter(IntEnum):
+    """Columns of a row's counters."""
+
+    ROUTE = 0  # a Route
+    PREFIX = 1  # valid rows of `prefix`
+    RECENT = 2  # valid rows of `recent`
+    END = 3  # position after the newest pooled token
+    PREFIX_END = 4  # position after the newest token in `prefix`
+    TURN = 5  # prompt tokens pooled in this turn
+    BOUND = 6  # 1: this turn began with a route, which a short turn may only take to FULL
+    SHORT_CALLS = 7  # calls since the newest pooled token that were too short to be pooled, at most 2
+    SHORT_TOKENS = 8  # tokens of the first of them
+
+
+class Decision(NamedTuple):
+    """What the router said, not read yet."""
+
+    sparse: mx.array  # bool [B]
+    fed: list[bool]  # rows that it counts for; the others keep their route
+
+    def read(self) -> list[Route | None]:
+        """The rows' new routes, None where they keep theirs. Waits for the device."""
+        taken = zip(self.sparse.tolist(), self.fed, strict=True)
+        return [(Route.SPARSE if sparse else Route.FULL) if fed else None for sparse, fed in taken]
+
+
+class RouterState:
+    """Mixed into the routed cache: the second half of it, and what the host knows of that."""
+
+    caches: tuple[Any, Any]  # the KV cache, and the arrays
+    offset: Any
+    is_evicted: bool
+    _host: np.ndarray | None = None  # counters on the host; None: read them again
+    _dirty = False  # slot 0 is older than `_host` and `_decision`
+    _decision: Decision | None = None  # newer than the host's routes
+    _routes: list[Route] | None = None  # the routes, read
+    inputs: mx.array | None = None  # what the newest pooled queries are computed from, until they are
+    is_idle = False  # a further call that is too short to be pooled changes nothing here
+
+    def _flush(self) -> None:
+        """Bring slot 0 up to the counters on the host and the newest decision, before stock code reads it."""
+        if not self._dirty:
+            return
+        counters = mx.array(self._host)
+        if self._decision is not None:
+            codes = mx.where(self._decision.sparse, int(Route.SPARSE), int(Route.FULL))
+            codes = mx.where(mx.array(self._decision.fed), codes, counters[:, Counter.ROUTE])
+            counters = mx.concatenate([codes[:, None].astype(mx.int32), counters[:, Counter.ROUTE + 1 :]], axis=1)
+        self.caches[1][0] = counters
+        self._dirty = False
+
+    def compute(self) -> None:
+        """Start computing what is pooled and decided. Stock code evaluates keys alone while it decodes."""
+        self._flush()
+        mx.async_eval(self.caches[1].cache)
+        self.inputs = None
+
+    def _forget(self) -> None:
+        """Drop what was read or is newer than the arrays, after stock code changed them."""
+        self._host = self._decision = self._routes = self._padding = self.inputs = None
+        self._dirty = self.is_idle = False
+
+    @property
+    def _rows(self) -> np.ndarray:
+        """The counters on the host but for a decision not read. Waits for the device after stock code changed them."""
+        if self._host is None:
+            self._host = np.array(self.caches[1][0])
+        return self._host
+
+    @property
+    def counters(self) -> np.ndarray:
+        """The rows' counters on the host, int32 `[B, 9]`. Waits for the device, for a decision just made too."""
+        if self._decision is not None:
+            decision, self._decision = self._decision, None
+            for row, route in zip(self._rows, decision.read(), strict=True):
+                row[Counter.ROUTE] = row[Counter.ROUTE] if route is None else route
+        return self._rows
+
+    @property
+    def routes(self) -> list[Route]:
+        """The rows' routes. Waits for a decision just made."""
+        if self._routes is None:
+            self._routes = [Route(code) for code in self.counters[:, Counter.ROUTE].tolist()]
+        return self._routes
+
+    def set_routes(self, routes: list[Route]) -> None:
+        """Store the rows' routes.
+
+        Raises:
+            ValueError: A layer that holds sink and window only would not be sparse.
+        """
+        if routes == self.routes:
+            return
+        if self.is_evicted:
+            raise ValueError(
+                "[CacheList] this cache dropped keys under the KV policy evict: its sparse layers stay sparse, "
+                f"got {[route.name for route in routes]}. Begin with a new cache."
+            )
+        self.counters[:, Counter.ROUTE] = routes
+        self._dirty, self._routes = True, None
+
+    def offsets(self) -> list[int]:
+        """The rows' real tokens so far, on the host."""
+        return [self.offset] * len(self._rows) if isinstance(self.offset, int) else self.offset.tolist()
+
+    def row_lengths(self, tokens: int) -> list[int]:
+        """How many of a call's `tokens` are real in each row; the rest is right padding."""
+        lengths = self.caches[1].lengths
+        if lengths is None:
+            return [tokens] * len(self._rows)
+        return [max(0, min(tokens, left)) for left in lengths.tolist()]
+
+    def resume(self, routes: list[Route]) -> None:
+        """After a cut within a conversation: the next turn starts from these routes, as if there had been no cut."""
+        self.set_routes(routes)
+        self.counters[:, Counter.BOUND] = [route != Route.UNSET for route in routes]
+        self._dirty = True
+
+    def skip(self, lengths: list[int]) -> None:
+        """Note a call of `lengths` tokens a row, for the rows where they are too few to be pooled (0: none)."""
+        for row, tokens in zip(self._rows, lengths, strict=True):
+            if tokens and row[Counter.SHORT_CALLS] < 2:
+                row[Counter.SHORT_CALLS] += 1
+                row[Counter.SHORT_TOKENS] = tokens
+                self._dirty = True
+        if self.caches[1].lengths is None and (self._rows[:, Counter.SHORT_CALLS] >= 2).all():
+            self.is_idle = True
+            self.compute()  # behind the first token
+
+    def feed(self, row: int, head: mx.array, tail: mx.array, tokens: int) -> None:
+        """Pool `tokens` new prompt tokens of a row, which follow its offset.
+
+        Args:
+            row: Index in the batch.
+            head: float32 `[min(P, tokens), D]`, queries of the first of them, averaged over heads.
+            tail: float32 `[min(P, tokens), D]`, of the last of them.
+            tokens: Their number, 1 or more.
+        """
+        prefix, recent = self.caches[1][1], self.caches[1][2]
+        pool_tokens = prefix.shape[1]
+        counters = self._rows[row]
+        self._begin_turn(counters, self.offsets()[row])
+        start = counters[Counter.END]
+        if (room := min(pool_tokens - int(counters[Counter.PREFIX]), tokens)) > 0:
+            used = int(counters[Counter.PREFIX])
+            parts = [part for part in (prefix[row, :used], head[:room], prefix[row, used + room :]) if part.size]
+            self.caches[1][1] = _with_row(prefix, row, mx.concatenate(parts) if len(parts) > 1 else parts[0])
+            counters[Counter.PREFIX] += room
+            counters[Counter.PREFIX_END] = start + room
+        kept = recent[row, min(tokens, pool_tokens) :]
+        self.caches[1][2] = _with_row(recent, row, mx.concatenate([kept, tail]) if kept.size else tail)
+        counters[Counter.RECENT] = min(pool_tokens, counters[Counter.RECENT] + tokens)
+        counters[Counter.END] = start + tokens
+        counters[Counter.TURN] += tokens
+        self._dirty, self.is_idle = True, False
+
+    def _begin_turn(self, counters: np.ndarray, offset: int) -> None:
+        """Start a new turn if tokens that are not of this prompt lie between the newest pooled token and `offset`.
+
+        One short call in between is the prompt's own: stock code cuts prompts anywhere, an answer takes two calls.
+        """
+        gap = offset - int(counters[Counter.END])
+        own = counters[Counter.SHORT_CALLS] == 1 and counters[Counter.SHORT_TOKENS] == gap
+        if gap and not own:
+            counters[Counter.TURN] = 0
+            counters[Counter.BOUND] = self._decision is not None or counters[Counter.ROUTE] != Route.UNSET
+        counters[Counter.END] = offset
+        counters[[Counter.SHORT_CALLS, Counter.SHORT_TOKENS]] = 0
+
+    def pooled(self) -> mx.array:
+        """Mean of the prefix and of the recent rows: the router's input, float32 `[B, D]`."""
+        rows = []
+        for row, counters in enumerate(self._rows.tolist()):
+            used, recent = counters[Counter.PREFIX], counters[Counter.RECENT]
+            tail = self.caches[1][2][row]
+            ends = mx.concatenate([self.caches[1][1][row, :used], tail[tail.shape[0] - recent :]])
+            rows.append(ends.sum(0) / max(1, used + recent))
+        return rows[0][None] if len(rows) == 1 else mx.stack(rows)
+
+    def decide(self, sparse: mx.array, fed: list[bool]) -> None:
+        """Take the router's decisions for the rows that were fed; a short later turn only ever goes to FULL.
+
+        Args:
+            sparse: bool `[B]`: the router says SPARSE. Not waited for, unless a row's own route matters too.
+            fed: The rows that it counts for.
+        """
+        if self.is_evicted:  # sparse for good
+            return
+        short = self._rows[:, Counter.TURN] < self.caches[1][1].shape[1]
+        bound = (self._rows[:, Counter.BOUND] != 0) & short
+        if bound.any():
+            full = [route == Route.FULL for route in self.routes]
+            fed = [is_fed and not (held and now) for is_fed, held, now in zip(fed, bound, full, strict=True)]
+        elif not all(fed) and self._decision is not None:
+            self.counters  # noqa: B018 (reads the last decision, which some rows keep)
+        self._decision = Decision(sparse, fed)
+        self._dirty, self._routes = True, None
+
+    def start_decision(self) -> None:
+        """Start computing a decision just made."""
+        if self._decision is not None:
+            mx.async_eval(self._decision.sparse)
+
+    def _rewind(self) -> None:
+        """Forget what was pooled of tokens that are gone. A layer that dropped keys stays sparse."""
+        self._routes, self.is_idle = None, False
+        for counters, offset in zip(self.counters, self.offsets(), strict=True):
+            if counters[Counter.END] <= offset:
+                continue
+            if counters[Counter.PREFIX_END] > offset:
+                contiguous = counters[Counter.PREFIX_END] == counters[Counter.PREFIX]
+                counters[Counter.PREFIX] = counters[Counter.PREFIX_END] = max(0, offset) if contiguous else 0
+            counters[Counter.END] = max(0, offset)
+            counters[[Counter.RECENT, Counter.TURN, Counter.BOUND, Counter.SHORT_CALLS]] = 0
+            counters[Counter.ROUTE] = Route.SPARSE if self.is_evicted else Route.UNSET
+        self._dirty = True
+
+
+def _with_row(x: mx.array, row: int, value: mx.array) -> mx.array:
+    """`x` with row `row` replaced; never in place, because copies of a cache share arrays."""
+    if x.shape[0] == 1:
+        return value[None]
+    return mx.concatenate([x[:row], value[None], x[row + 1 :]])
