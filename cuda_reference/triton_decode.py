@@ -81,7 +81,8 @@ def merge_kernel(
     total = tl.sum(weights, 0)
     inside = (split < n_splits)[:, None] & (columns < D)[None, :]
     parts = tl.load(part_out + part[:, None] * D + columns[None, :], mask=inside, other=0.0)
-    merged = tl.sum(parts * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    shares = tl.where(inside, parts * weights[:, None], 0.0)  # masked last: see the README on lanes
+    merged = tl.sum(shares, 0) / tl.where(total == 0.0, 1.0, total)
     head = tl.program_id(0) % HKV * GROUP + row // L
     token = (b * HQ + head).to(tl.int64) * L + row % L
     tl.store(out + token * D + columns, merged.to(out.dtype.element_ty), mask=columns < D)

@@ -75,7 +75,7 @@ def mass_kernel(
     for j in range(tile + 1):
         block_sums = tl.load(sums + scratch_row[:, None] * (tiles * blocks) + (j * blocks + in_tile)[None, :])
         share = tl.exp2(tl.load(maxima + scratch_row * tiles + j) - m) / total
-        shares = block_sums * tl.where(present, share, 0.0)[:, None]
+        shares = tl.where(present[:, None], block_sums * share[:, None], 0.0)  # masked last: see the README on lanes
         block_mass = tl.sum(tl.reshape(shares, [blocks, PER_BLOCK, blocks]), 1)
         column = j * blocks + in_tile
         mass_row = tl.program_id(0).to(tl.int64) * row_blocks + row - first_row

@@ -13,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
 
+import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -30,6 +31,7 @@ FLOAT_POINTERS = {"lse", "dlse", "delta", "part_out", "part_lse", "sums", "maxim
 INT_POINTERS = {"partial_counts", "partial_blocks", "full_counts", "full_blocks", "counts", "blocks"}
 FLOATS = {"scale", "qk_scale", "threshold"}
 STRIDE = re.compile(r"d?[qkvo]_[bht]")
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S.*?) ;")  # of nvdisasm, less address and guard
 HEAD_DIMS = (64, 80, 128, 256)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -60,16 +62,40 @@ def _type(name: str, dtype: str) -> str:
     return "fp32" if name in FLOATS else "i32"
 
 
+def _dump(compiled, tool: str, option: str) -> str:
+    """What one of Triton's own binary tools prints of a compiled kernel."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    cubin = Path(compiled.metadata_group[f"{compiled.name}.cubin"])
+    return subprocess.run([path, option, cubin], capture_output=True, text=True, check=True).stdout
+
+
 def _resources(compiled) -> tuple[int, int]:
     """(registers, bytes of stack) of a thread, as the assembler reports them; a spill needs stack."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    cubin = Path(compiled.metadata_group[f"{compiled.name}.cubin"])
-    report = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", _dump(compiled, "cuobjdump", "--dump-resource-usage"))
     return int(found.group(1)), int(found.group(2))
 
 
+def _fused_exchanges(compiled) -> list[str]:
+    """Machine instructions a * b + c whose c comes straight from another lane.
+
+    In a sum over lanes a and b make the lane's own product, rounded in its partner's copy and not here: the copies of
+    the sum differ in the last bit, and which of them is stored is a race.
+    """
+    exchanged, found = set(), []
+    for instruction in INSTRUCTION.findall(_dump(compiled, "nvdisasm", "-c")):
+        name, _, arguments = instruction.partition(" ")
+        operands = [re.sub(r"\.\w+|[-|~]", "", operand).strip() for operand in arguments.split(",")]
+        if name.startswith("FFMA") and operands[3] in exchanged:
+            found.append(instruction)
+        shuffled = name.startswith("SHFL.BFLY")
+        exchanged.discard(operands[shuffled])
+        if shuffled:
+            exchanged.add(operands[1])
+    return found
+
+
 def _check(compiled, arch: int, spill_bytes: int = 0) -> None:
+    assert not _fused_exchanges(compiled)
     registers, stack = _resources(compiled)
     assert compiled.metadata.shared <= SHARED_BYTES[arch]
     assert registers <= 255
@@ -121,8 +147,9 @@ def test_backward(arch: int, head_dim: int) -> None:
 def test_decode(arch: int, head_dim: int) -> None:
     options = _dims(head_dim) | triton_decode.tile_options(_query(head_dim), query_rows=4)
     _check(_compile(triton_decode.split_kernel, arch, {"BLOCK": 128, **options}), arch)
-    merge = {**_dims(head_dim), "ROWS": 16, "SPLITS": 32, "num_warps": 4}
-    _check(_compile(triton_decode.merge_kernel, arch, merge), arch)
+    for splits in (1, 8, 32):
+        merge = {**_dims(head_dim), "ROWS": 16, "SPLITS": splits, "num_warps": 4}
+        _check(_compile(triton_decode.merge_kernel, arch, merge), arch)
 
 
 @compiles
@@ -134,6 +161,19 @@ def test_xattention(arch: int, head_dim: int) -> None:
     for by_count in (False, True):
         options = {"BY_COUNT": by_count, "COLUMNS": 512, "num_warps": 1}
         _check(_compile(triton_xattention.choose_kernel, arch, options), arch)
+
+
+@triton.jit
+def products_kernel(q, k, lse, D: tl.constexpr):
+    """A planted mistake: products, one a lane, go into the sum over lanes as they are."""
+    columns = tl.arange(0, D)
+    tl.store(lse, tl.sum(tl.load(q + columns).to(tl.float32) * tl.load(k + columns).to(tl.float32), 0))
+
+
+@compiles
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+def test_products_fused_into_a_sum_over_lanes_are_seen(arch: int) -> None:
+    assert _fused_exchanges(_compile(products_kernel, arch, {"D": 32, "num_warps": 1}))
 
 
 @compiles
