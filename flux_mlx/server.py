@@ -59,6 +59,10 @@ class Provider(ModelProvider):
         self.is_batchable = draft_model is None and all(hasattr(c, "merge") for c in make_prompt_cache(model))
         self.model_key = (model_path, adapter_path, draft_model_path)
 
+    def layers(self) -> int:
+        """Layers of the model."""
+        return len(self.model.layers)
+
     def vocabulary_size(self) -> int:
         """Logits of a token."""
         return self.model.args.vocab_size if hasattr(self.model.args, "vocab_size") else self.tokenizer.vocab_size
@@ -116,7 +120,7 @@ def serve(args: argparse.Namespace) -> None:
     if mx.distributed.init().size() > 1:
         raise ValueError("[server] flux_mlx.server runs in one process; start it without mlx.launch.")
     provider = Provider(args)
-    cache = PromptCache(args.prompt_cache_size, args.prompt_cache_bytes, RequestLog())
+    cache = PromptCache(args.prompt_cache_size, args.prompt_cache_bytes, RequestLog(), provider.layers)
     generator = Generator(provider, cache)
     try:
         generator.wait_until_loaded()

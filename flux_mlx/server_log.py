@@ -51,6 +51,11 @@ class _Open:
     ends: list[int] = field(default_factory=lambda: [0])  # of its chunks, the cached tokens not counted
     saved: int = 0  # tokens that its newest kept cache held
 
+    def is_waited_for(self) -> bool:
+        """Whether somebody still wants the answer: mlx-lm's code drops the context, or marks it and keeps the last."""
+        context = self.context()
+        return context is not None and not context._should_stop
+
     def held(self) -> int:
         """Prompt tokens in its cache by now."""
         context = self.context()
@@ -75,10 +80,10 @@ class RequestLog:
         self.requests = self.answered = self.failed = 0
 
     def started(self, request_id: str, context: GenerationContext) -> None:
-        """Note that a request's prompt is being processed. Gone contexts (dropped requests) are forgotten here."""
+        """Note that a request's prompt is being processed. Dropped requests are forgotten here."""
         with self._lock:
             self.requests += 1
-            self._open = [entry for entry in self._open if entry.context() is not None]
+            self._open = [entry for entry in self._open if entry.is_waited_for()]
             self._open.append(_Open(request_id, weakref.ref(context)))
             if context.prompt_cache_count >= 0:  # of a batch; requests served alone look for a cache after this
                 self._open[-1].cached_from = self._fetched
@@ -138,4 +143,5 @@ class RequestLog:
         """JSON form, the latest request last."""
         with self._lock:
             counts = {"requests": self.requests, "answered": self.answered, "failed": self.failed}
+            counts["open"] = sum(entry.is_waited_for() for entry in self._open)
             return {**counts, "recent": [asdict(entry) for entry in self._recent]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Callable
 from queue import Queue
 from typing import Any
 
@@ -21,11 +22,12 @@ class PromptCache(LRUPromptCache):
         max_size: Sequences to keep at most.
         max_bytes: Bytes to keep at most.
         log: Where to report.
+        layers: How many entries of a cache are the model's; a draft model's come after them.
     """
 
-    def __init__(self, max_size: int, max_bytes: int, log: RequestLog):
+    def __init__(self, max_size: int, max_bytes: int, log: RequestLog, layers: Callable[[], int | None] = lambda: None):
         super().__init__(max_size, max_bytes)
-        self.log = log
+        self.log, self.layers = log, layers
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
         """As mlx-lm's, but one token is always left to run: its batches need one."""
@@ -36,9 +38,25 @@ class PromptCache(LRUPromptCache):
         return cache, rest
 
     def insert_cache(self, model: Any, tokens: list[int], prompt_cache: list[Any], **kwargs: Any) -> None:
-        """As mlx-lm's. The cache bears the name of its request, and copies of it do."""
-        prompt_cache[0].flux_saved = self.log.saved(tokens, prompt_cache)
+        """As mlx-lm's, under the tokens that it holds. The cache bears the name of its request, and copies of it do."""
+        saved = self.log.saved(tokens, prompt_cache[: self.layers()])
+        tokens = tokens[: _level(prompt_cache, len(tokens))]
+        prompt_cache[0].flux_saved = saved and saved._replace(tokens=len(tokens))
         super().insert_cache(model, tokens, prompt_cache, **kwargs)
+
+
+def _level(cache: list[Any], tokens: int) -> int:
+    """Cut all entries to the tokens that the shortest holds, and return their number, `tokens` at most.
+
+    After speculative decoding the model and its draft model hold fewer tokens than the answer has, and not equally
+    many; under the whole answer's tokens, as mlx-lm keeps them, later prompts would go on at wrong positions.
+    """
+    held = [entry.offset for entry in cache if isinstance(getattr(entry, "offset", None), int)]
+    level = min([tokens, *held])
+    for entry in cache:
+        if isinstance(getattr(entry, "offset", None), int) and entry.offset > level:
+            entry.trim(entry.offset - level)
+    return level
 
 
 def _source(cache: list[Any] | None) -> Saved | None:

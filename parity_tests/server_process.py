@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-START_S = 120
+START_S = 600
+IDLE_S = 0.03
 
 
 class Server:
@@ -50,6 +52,29 @@ class Server:
     def stats(self) -> dict[str, Any]:
         """`/stats`."""
         return json.loads(self.raw("GET", "/stats")[1])
+
+    def cpu_s(self) -> float:
+        """Processor time that the server has used (Linux)."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+    def wait_until_idle(self) -> None:
+        """Return when it computes nothing any more: next to no processor time in a second."""
+        deadline, before = time.monotonic() + START_S, self.cpu_s()
+        while True:
+            time.sleep(1)
+            used, before = self.cpu_s() - before, self.cpu_s()
+            if used <= IDLE_S:
+                return
+            assert time.monotonic() < deadline, used
+
+    def wait_for(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """`/stats`, as soon as they fulfil `condition`: a request is noted after its answer has left."""
+        deadline = time.monotonic() + START_S
+        while not condition(stats := self.stats()):
+            assert time.monotonic() < deadline, stats
+            time.sleep(0.05)
+        return stats
 
 
 def free_port() -> int:
