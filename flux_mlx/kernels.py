@@ -50,7 +50,7 @@ def _as_kernel_reads(spec: KernelSpec, name: str, value: Any) -> Any:
     """Input `name` as MLX takes it: tuples as int32 vectors, arrays dense unless the kernel reads their strides."""
     if isinstance(value, tuple):
         return mx.array(value, mx.int32)
-    return value if not isinstance(value, mx.array) or spec.takes_strides(name) else mx.contiguous(value)
+    return mx.contiguous(value) if isinstance(value, mx.array) and spec.must_be_made_dense(name) else value
 
 
 def kernel_inputs(launch: Launch, inputs: list[Any]) -> list[Any]:

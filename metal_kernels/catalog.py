@@ -32,11 +32,13 @@ class Buffer:
         name: Name in the Metal text. MLX adds NAME_shape and NAME_strides where the body mentions them.
         dtype: "T" or "W" (template types) or an MLX dtype name.
         shape: Axes, for the reader; "scalar" for a 0-d argument.
+        is_result: Another kernel's output, so dense.
     """
 
     name: str
     dtype: str
     shape: str
+    is_result: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,10 @@ class KernelSpec:
     def takes_strides(self, name: str) -> bool:
         """Whether input `name` may have any strides; the other inputs are read as dense, in row-major order."""
         return f"{name}_strides" in self.body()
+
+    def must_be_made_dense(self, name: str) -> bool:
+        """Whether input `name` is read as dense and may come with any strides."""
+        return not self.takes_strides(name) and not any(b.is_result for b in self.buffers if b.name == name)
 
     def header(self) -> str:
         """Metal text of the functions."""
@@ -151,7 +157,10 @@ DECODE_MERGE = KernelSpec(
     "decode_merge",
     "the pieces of decode_split combined",
     _DECODE_HEADERS,
-    (Buffer("pieces", "float32", "[B, HQ, L, splits, D]"), Buffer("stats", "float32", "[B, HQ, L, splits, 2]")),
+    (
+        Buffer("pieces", "float32", "[B, HQ, L, splits, D]", is_result=True),
+        Buffer("stats", "float32", "[B, HQ, L, splits, 2]", is_result=True),
+    ),
     (_OUT, _LSE),
     threads=32,
     grid="(B * HQ * L, 1, 1)",
@@ -177,7 +186,7 @@ ROUTER_DECIDE = KernelSpec(
     "the mean, context encoder and router head: logits and route code",
     ("pattern.h", "router.h"),
     (
-        Buffer("sums", "float32", "[B, parts, D]"),
+        Buffer("sums", "float32", "[B, parts, D]", is_result=True),
         Buffer("count", "float32", "scalar: pooled tokens times heads"),
         *(
             Buffer(name.replace(".", "_"), "W", "flux_mlx.spec.RouterConfig.parameter_shapes")
