@@ -30,13 +30,14 @@ from flux_mlx.benchmark_routes import make_routers_decide, spread_full_layers
 from flux_mlx.benchmark_text import Prompts, read_text, word_ids
 from flux_mlx.generate import add_route_arguments
 from flux_mlx.models import FluxModel, apply, routed_layers, set_route
+from flux_mlx.safe_loading import load_without_code
 from flux_mlx.spec import FluxConfig, PatternConfig
 from flux_mlx.spec.config import PATTERNS
 
 LENGTHS_TOKENS = (512, 2048, 8192, 32768)
 CPU_LENGTHS_TOKENS = (512, 1024, 2048)
 SHAPE_OMEGA = 0.7
-_SDPA_PLANS = "4096"  # MLX's CUDA backend keeps one plan a shape of attention, and stops at twice what it can keep
+SDPA_PLANS = "4096"  # MLX's CUDA backend keeps one plan a shape of attention, and stops at twice what it can keep
 _UNITS = {"K": 1 << 10, "M": 1 << 20}
 
 
@@ -88,6 +89,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add("--batch-size", "-b", type=_count(1), default=1, help="prompts at a time (default: %(default)s)")
     add("--generation-tokens", "-g", type=_count(2), default=64, help="for each prompt (default: %(default)s)")
     add("--num-trials", "-n", type=_count(1), default=3, help="runs of each side, in turn (default: %(default)s)")
+    add("--trial-seconds", type=float, default=float("inf"), help="no further runs of a length after this time")
     add("--prefill-step-size", "--chunk", type=_count(1), default=2048, help="tokens of a chunk (default: %(default)s)")
     add("--pattern", choices=PATTERNS, help="what sparse layers see (default: the model's, or streaming)")
     for name in ("block_size", "sink_tokens", "window_tokens"):
@@ -110,8 +112,6 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, Callable[[str], list[int
         config = SHAPES[args.shape]
         model = random_model(config, args.bits, args.dtype, args.seed)
         return model, lambda text: word_ids(text, config["vocab_size"])
-    from flux_mlx.safe_loading import load_without_code  # not needed for shapes, and it needs the GGUF package
-
     model, tokenizer, _ = load_without_code(args.model)
     return model, tokenizer.encode
 
@@ -169,6 +169,7 @@ def prepare(args: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
         generation_tokens=args.generation_tokens,
         prefill_step_size=args.prefill_step_size,
         num_trials=args.num_trials,
+        trial_seconds=args.trial_seconds,
         before_row=before_row,
     )
     weights = {"bits": args.bits, "dtype": args.dtype or default_dtype(), "weights": "random"} if args.shape else {}
@@ -216,7 +217,7 @@ def as_text(record: dict[str, Any], show_routes: bool) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. Bad input ends in one line on stderr and status 2, before anything is measured."""
-    os.environ.setdefault("MLX_CUDA_SDPA_CACHE_SIZE", _SDPA_PLANS)
+    os.environ.setdefault("MLX_CUDA_SDPA_CACHE_SIZE", SDPA_PLANS)
     parser = setup_arg_parser()
     args = parser.parse_args(argv)
     on_cpu = mx.default_device() == mx.Device(mx.cpu)

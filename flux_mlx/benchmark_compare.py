@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,7 +40,8 @@ class Bench:
         batch_size: Prompts at a time.
         generation_tokens: Tokens to generate for each, 2 or more.
         prefill_step_size: Tokens of a prefill chunk.
-        num_trials: Runs of each.
+        num_trials: Runs of each, at most.
+        trial_seconds: No further runs of a length after this time.
         before_row: See `Work`.
     """
 
@@ -49,6 +52,7 @@ class Bench:
     generation_tokens: int = 64
     prefill_step_size: int = 2048
     num_trials: int = 3
+    trial_seconds: float = math.inf
     before_row: Callable[[int], None] | None = None
 
     def work(self, prompt_tokens: int) -> Work:
@@ -71,10 +75,16 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def in_turn(runners: dict[str, Runner], work: Work, trials: int) -> dict[str, list[Run]]:
-    """`trials` runs of each, one after the other, the order turned round each time: drift meets them alike."""
+def in_turn(runners: dict[str, Runner], work: Work, trials: int, limit_s: float = math.inf) -> dict[str, list[Run]]:
+    """`trials` runs of each, one after the other, the order turned round each time: drift meets them alike.
+
+    No round begins `limit_s` after the first one; one round is made whatever it takes.
+    """
     found: dict[str, list[Run]] = {name: [] for name in runners}
+    start = time.perf_counter()
     for trial in range(trials):
+        if trial and time.perf_counter() - start > limit_s:
+            break
         for name in list(runners)[:: -1 if trial % 2 else 1]:
             found[name].append(runners[name](work))
             note(f"{name}, {len(work.prompts[0])} tokens, run {trial + 1} of {trials}: {_seconds(found[name][-1])}")
@@ -130,13 +140,14 @@ def compare(bench: Bench, prompt_tokens: int) -> dict[str, Any]:
     work, rows = bench.work(prompt_tokens), bench.batch_size
     parts = attention_times(bench, prompt_tokens)
     warm_up(bench.runners(), work)
-    found = in_turn(bench.runners(), work, bench.num_trials)
+    found = in_turn(bench.runners(), work, bench.num_trials, bench.trial_seconds)
     stock, flux = (summary(found[name], prompt_tokens, rows) for name in ("stock", "flux"))
     layers, pattern, last = len(bench.flux.layers), bench.flux.flux.pattern, found["flux"][-1]
     routed = AttentionShape.of(bench.flux).layers
     row = {
         "prompt_tokens": prompt_tokens,
         "batch_size": rows,
+        "trials": len(found["flux"]),
         "text_used": bench.prompts.repeats(prompt_tokens, rows),
         "layers": layers,
         "routed_layers": routed,

@@ -162,9 +162,7 @@ def _unrouted(part: Any) -> Any:
     twin = copy.copy(part)
     if isinstance(part, (FluxModel, RoutedAttention)):
         twin.__class__ = type(part).__bases__[1]
-        for name in ("router", "pooled_dim", "flux", "flux_show", "forced"):
-            twin.pop(name, None)
-            twin.__dict__.pop(name, None)
+        twin.pop("router", None)  # what else routing set on the modules, stock code does not read
     for name, child in twin.items():
         twin[name] = _unrouted(child)
     return twin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -71,6 +72,8 @@ class _Meter:
         mx.reset_peak_memory()
         self._kv_bytes, self._prefill_s = 0, 0.0
         self._token_s: list[float] = []
+        self._sparse_layers = 0.0
+        self._routes: list[str] = []
         self._start = time.perf_counter()
 
     def prefilled(self) -> None:
@@ -82,22 +85,27 @@ class _Meter:
         """Every row has one more token."""
         self._token_s.append(time.perf_counter() - self._start)
 
-    def result(self, taken: list[list[Any]]) -> Run:
-        """The run's figures.
+    def note_routes(self, caches: list[list[Any]]) -> None:
+        """Remember the routes of every row's cache; reading them may wait for the device."""
+        taken = [routes(cache) for cache in caches]
+        self._sparse_layers = statistics.fmean(sum(route == Route.SPARSE for route in row) for row in taken)
+        self._routes = [describe_routes(cache) for cache in caches]
 
-        Args:
-            taken: Routes of every row's layers, as `flux_mlx.routes` gives them; none for stock.
-        """
-        steps = [after - before for before, after in zip(self._token_s, self._token_s[1:], strict=False)]
-        sparse = [sum(route == Route.SPARSE for route in row) for row in taken]
+    def result(self, caches: list[list[Any]] | None = None) -> Run:
+        """The run's figures, with the routes that `caches` hold, if given."""
+        peak_bytes = mx.get_peak_memory()
+        if caches:
+            self.note_routes(caches)
+        steps = [after - before for before, after in itertools.pairwise(self._token_s)]
         return Run(
             prefill_s=self._prefill_s,
             first_token_s=self._token_s[0],
             token_s=statistics.median(steps),
             mean_token_s=statistics.fmean(steps),
-            peak_bytes=mx.get_peak_memory(),
+            peak_bytes=peak_bytes,
             kv_bytes=self._kv_bytes,
-            sparse_layers=statistics.fmean(sparse) if sparse else 0.0,
+            sparse_layers=self._sparse_layers,
+            routes=self._routes,
         )
 
 
@@ -106,7 +114,7 @@ def run_stock(model: nn.Module, work: Work) -> Run:
     meter = _Meter()
     if len(work.prompts) > 1:
         _decode_batch(_batch_generator(model, work), work.prompts, None, meter)
-        return meter.result([])
+        return meter.result()
 
     def report(done: int, total: int) -> None:
         if done == total - 1:
@@ -122,31 +130,44 @@ def run_stock(model: nn.Module, work: Work) -> Run:
             prompt_progress_callback=report,
         ):
             meter.token()
-    return meter.result([])
+    return meter.result()
 
 
 def run_flux(model: nn.Module, work: Work) -> Run:
-    """Exact prefill row by row, then mlx-lm's decoding: what `flux_mlx.generate` and `flux_mlx.server` do."""
+    """Exact prefill, then mlx-lm's decoding, as `flux_mlx.generate`, but with one wait after prefill, which stock has.
+
+    The rows of a batch are prefilled one by one, each with its own routes, and decoded together.
+    """
+    if len(work.prompts) > 1:
+        return _run_flux_batch(model, work)
     meter = _Meter()
-    caches, taken, lines = [], [], []
     with wired_limit(model, [generation_stream]):
-        for row, tokens in enumerate(work.prompts):
-            if work.before_row is not None:
-                work.before_row(row)
-            cache = model.make_cache()
-            with mx.stream(generation_stream):
-                last = prefill(model, mx.array(tokens), cache, prefill_step_size=work.prefill_step_size)
-                mx.eval([entry.state for entry in cache])
-            caches.append(cache)
-            taken.append(routes(cache))
-            lines.append(describe_routes(cache))
+        last, cache = _prefill_row(model, work, 0)
         meter.prefilled()
-        if len(caches) == 1:
-            for _ in generate_step(last, model, max_tokens=work.generation_tokens, prompt_cache=caches.pop()):
-                meter.token()
-        else:
-            _decode_batch(_batch_generator(model, work), [row[-1:] for row in work.prompts], caches, meter)
-    return Run(**{**vars(meter.result(taken)), "routes": lines})
+        for _ in generate_step(last, model, max_tokens=work.generation_tokens, prompt_cache=cache):
+            meter.token()
+    return meter.result([cache])
+
+
+def _run_flux_batch(model: nn.Module, work: Work) -> Run:
+    meter = _Meter()
+    with wired_limit(model, [generation_stream]):
+        caches = [_prefill_row(model, work, row)[1] for row in range(len(work.prompts))]
+        meter.prefilled()
+        meter.note_routes(caches)
+        _decode_batch(_batch_generator(model, work), [row[-1:] for row in work.prompts], caches, meter)
+    return meter.result()
+
+
+def _prefill_row(model: nn.Module, work: Work, row: int) -> tuple[mx.array, list[Any]]:
+    """The last token of a row and its cache, when the device is done."""
+    if work.before_row is not None:
+        work.before_row(row)
+    cache = model.make_cache()
+    with mx.stream(generation_stream):
+        last = prefill(model, mx.array(work.prompts[row]), cache, prefill_step_size=work.prefill_step_size)
+    mx.synchronize(generation_stream)
+    return last, cache
 
 
 def _batch_generator(model: nn.Module, work: Work) -> BatchGenerator:

@@ -1,0 +1,63 @@
+#!/bin/sh
+# The stages that measure the MLX path on one H100-class GPU with MLX's CUDA backend, each one command, in the order in
+# which docs/speed.md predicts them:
+#
+#     sh benchmarks/mlx_cuda.sh OUT STAGE...      # STAGE: see below, or "list"
+#
+# OUT gets a JSON and a log for each stage. A stage that fails does not stop the next one. Compiled kernels are kept in
+# $MLX_PTX_CACHE_DIR for the next stage.
+set -eu
+
+usage="usage: sh benchmarks/mlx_cuda.sh OUT STAGE... (or: list)"
+stages="layer decode-bf16 decode-4bit short router exact bf16 bf16-256k million memory 4bit batch 4bit-256k"
+python=${PYTHON:-python3}
+
+[ $# -ge 1 ] || { echo "$usage" >&2; exit 2; }
+if [ "$1" = list ]; then
+    for stage in $stages; do echo "$stage"; done
+    exit
+fi
+[ $# -ge 2 ] && [ -d "$1" ] || { echo "$usage; OUT must be a directory" >&2; exit 2; }
+out=$1
+shift
+
+for stage in "$@"; do
+    case " $stages " in *" $stage "*) ;; *) echo "no stage $stage; stages: $stages" >&2; exit 2 ;; esac
+done
+
+export MLX_PTX_CACHE_DIR="${MLX_PTX_CACHE_DIR:-${TMPDIR:-/tmp}/flux_mlx_ptx}"
+# A plan for each shape of attention: MLX keeps 256 and stops after 512, which long prompts in small chunks exceed.
+export MLX_CUDA_SDPA_CACHE_SIZE="${MLX_CUDA_SDPA_CACHE_SIZE:-4096}"
+mkdir -p "$MLX_PTX_CACHE_DIR"
+
+compare() { "$python" -m flux_mlx.benchmark --shape qwen3-8b --show-routes "$@"; }
+script() { "$python" -m "benchmarks.$@"; }
+
+run() {
+    json="$out/mlx_$1.json"
+    case $1 in
+    layer) script mlx_sparse_layer --lengths 32K 128K --decode-lengths 4K 32K 128K 512K --json "$json" ;;
+    decode-bf16) script mlx_decode --lengths 32K 128K 256K --omegas 0.7 -n 3 --json "$json" ;;
+    decode-4bit) script mlx_decode --bits 4 --lengths 32K 128K 256K --omegas 0.7 0.77 -n 3 --json "$json" ;;
+    short) compare --lengths 256 512 1K 2K 4K --omega 0.7 -n 7 -g 8 --json "$json" ;;
+    router) script mlx_router_cost --lengths 8K -n 15 --json "$json" ;;
+    exact) script mlx_exact_cost --lengths 8K 32K -n 4 --json "$json" ;;
+    bf16) compare --lengths 32K 128K --omega 0.7 -n 4 --trial-seconds 20 -g 32 --json "$json" ;;
+    bf16-256k) compare --lengths 256K --omega 0.77 -n 1 -g 32 --json "$json" ;;
+    million) script mlx_million --lengths 256K 1M --chunk 8192 --json "$json" ;;
+    memory) script mlx_kv_memory --lengths 128K -n 1 --json "$json" ;;
+    4bit) compare --bits 4 --lengths 32K 128K --omega 0.7 -n 3 --trial-seconds 15 -g 32 --json "$json" ;;
+    batch) compare --bits 4 --batch-size 8 --lengths 32K --omega 0.7 -n 1 -g 32 --json "$json" ;;
+    4bit-256k) compare --bits 4 --lengths 256K --omega 0.77 -n 1 -g 32 --json "$json" ;;
+    esac
+}
+
+failed=""
+for stage in "$@"; do
+    start=$(date +%s)
+    echo "== $stage"
+    run "$stage" >"$out/mlx_$stage.log" 2>&1 || failed="$failed $stage"
+    tail -n 40 "$out/mlx_$stage.log"
+    echo "== $stage took $(($(date +%s) - start)) s"
+done
+[ -z "$failed" ] || { echo "failed:$failed" >&2; exit 1; }

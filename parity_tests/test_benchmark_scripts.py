@@ -1,0 +1,157 @@
+"""The scripts behind the MLX path's figures run on tiny shapes; the predictions' arithmetic is checked by hand."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks import apple_prediction, mlx_prediction
+from benchmarks.mlx_prediction import QWEN3_4B, QWEN3_8B, SMALL, Machine
+from flux_mlx import benchmark
+from flux_mlx.benchmark_models import SHAPES
+from flux_mlx.benchmark_parts import visible_share
+from flux_mlx.spec import PatternConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+DRIVER = ROOT / "benchmarks" / "mlx_cuda.sh"
+SIZES = ("--shape", "tiny", "--block-size", "8", "--sink-tokens", "8", "--window-tokens", "16", "--chunk", "32")
+
+
+def rows_of(script: str, tmp_path: Path, *arguments: str) -> dict:
+    path = tmp_path / f"{script}.json"
+    importlib.import_module(f"benchmarks.{script}").main([*SIZES, *arguments, "--json", str(path)])
+    return json.loads(path.read_text())
+
+
+def test_sparse_layer(tmp_path):
+    record = rows_of("mlx_sparse_layer", tmp_path, "--lengths", "100", "--decode-lengths", "64", "128")
+    prefill, short, long = record["rows"]
+    assert prefill["ideal_s"] == pytest.approx(prefill["dense_s"] * prefill["visible_share"])
+    assert prefill["fraction_of_ideal"] == pytest.approx(prefill["ideal_s"] / prefill["sparse_s"])
+    assert record["sparse_decode_longest_over_shortest"] == pytest.approx(long["sparse_s"] / short["sparse_s"])
+
+
+def test_exact_cost_compares_equal_routes(tmp_path):
+    (row,) = rows_of("mlx_exact_cost", tmp_path, "--lengths", "100", "-n", "2")["rows"]
+    assert row["hidden_buffer_bytes"] == 100 * 128 * 4
+    assert row["runs"]["exact, spread"]["sparse_layers"] == 3
+    assert row["runs"]["exact, full"]["sparse_layers"] == 0
+    assert row["exact_over_chunked_spread"] > 0
+    assert row["peak_over_allowed_full"] > 0
+
+
+def test_router_cost_is_that_of_neighbouring_runs(tmp_path):
+    (row,) = rows_of("mlx_router_cost", tmp_path, "--lengths", "100", "-n", "3")["rows"]
+    assert {kind: run["sparse_layers"] for kind, run in row["runs"].items()} == {"routers run": 3, "forced": 3}
+    assert row["share"] == pytest.approx(row["router_s"] / row["runs"]["forced"]["prefill_s"])
+
+
+def test_evict_holds_less_and_keep_as_much_as_stock(tmp_path):
+    (row,) = rows_of("mlx_kv_memory", tmp_path, "--lengths", "2000", "--chunk", "500", "-n", "1")["rows"]
+    assert row["evict_over_stock"] < 0.6
+    assert row["keep_over_stock"] > 0.95
+
+
+def test_sparse_layers_stay_small_in_a_long_prompt(tmp_path):
+    short, long = rows_of("mlx_million", tmp_path, "--lengths", "600", "1500")["rows"]
+    assert short["largest_sparse_cache_bytes"] == long["largest_sparse_cache_bytes"] > 0
+    assert [layer["route"] for layer in long["layers"]] == ["FULL", "SPARSE", "SPARSE", "SPARSE"]
+    assert long["layers"][0]["cache_bytes"] > 1.5 * short["layers"][0]["cache_bytes"]
+    assert long["peak_bytes"] >= max(layer["held_bytes"] for layer in long["layers"])
+
+
+def test_decode_is_timed_over_filled_caches(tmp_path):
+    record = rows_of("mlx_decode", tmp_path, "--lengths", "300", "-n", "2", "--omegas", "0.5", "1")
+    half, whole = record["rows"]
+    assert (half["sparse_layers"], whole["sparse_layers"]) == (2, 4)
+    for row in (half, whole):
+        assert row["speedup"] == pytest.approx(row["stock_token_s"] / row["keep_token_s"])
+        assert row["evict_token_s"] > 0
+        assert 0 < row["visible_share"] < 1
+
+
+def test_scripts_refuse_targets_that_cannot_be_written(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        rows_of("mlx_router_cost", tmp_path / "none")
+    assert "there is no directory" in capsys.readouterr().err
+
+
+def stage_commands() -> dict[str, str]:
+    return dict(re.findall(r"^    ([\w-]+)\) ((?:compare|script) .*?) ;;$", DRIVER.read_text(), re.MULTILINE))
+
+
+def test_the_driver_lists_its_stages():
+    done = subprocess.run(["sh", str(DRIVER), "list"], capture_output=True, text=True, check=True)
+    assert sorted(done.stdout.split()) == sorted(stage_commands())
+    refused = subprocess.run(["sh", str(DRIVER), str(ROOT), "none"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "no stage none" in refused.stderr
+
+
+@pytest.mark.parametrize("stage", stage_commands())
+def test_the_drivers_commands_are_ones_that_the_scripts_take(stage, monkeypatch):
+    kind, *words = shlex.split(stage_commands()[stage].replace("$json", "out.json"))
+    if kind == "compare":
+        args = benchmark.setup_arg_parser().parse_args(["--shape", "qwen3-8b", "--show-routes", *words])
+        assert args.omega in (0.7, 0.77)
+        return
+    module = importlib.import_module(f"benchmarks.{words[0]}")
+    seen = []
+    monkeypatch.setattr(module, "parse", lambda made, argv: seen.append(made.parse_args(argv)) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        module.main(words[1:])
+    assert seen[0].json == Path("out.json")
+
+
+@pytest.mark.parametrize(("shape", "name"), [(QWEN3_8B, "qwen3-8b"), (QWEN3_4B, "qwen3-4b"), (SMALL, "small")])
+def test_predicted_shapes_are_the_measured_ones(shape, name):
+    config = SHAPES[name]
+    sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")
+    sizes += ("num_key_value_heads", "head_dim")
+    ours = (shape.layers, shape.hidden, shape.intermediate, shape.vocabulary, shape.q_heads, shape.kv_heads)
+    assert (*ours, shape.head_dim) == tuple(config[size] for size in sizes)
+
+
+def test_predictions_are_operations_over_rates():
+    assert QWEN3_8B.layer_weights == 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 12288
+    machine = Machine("", {16: 100.0}, 50.0, 1000.0, 0.001, 0.5)
+    tokens = 8192
+    dense = 4 * 4096 * tokens * (tokens + 1) / 2 / 50e12
+    assert mlx_prediction.attention_s(QWEN3_8B, machine, tokens, None) == pytest.approx(dense)
+    share = visible_share(PatternConfig(), tokens, tokens)
+    sparse = mlx_prediction.attention_s(QWEN3_8B, machine, tokens, PatternConfig())
+    assert sparse == pytest.approx(dense * share / 0.5)
+    saved = mlx_prediction.prefill_s(QWEN3_8B, machine, 16, tokens) - mlx_prediction.prefill_s(
+        QWEN3_8B, machine, 16, tokens, 20
+    )
+    assert saved == pytest.approx(20 * (dense - sparse) - mlx_prediction.router_s(QWEN3_8B, machine, 16))
+    keys = 36 * tokens * 4096
+    one = 0.001 + (2 * QWEN3_8B.read_weights + keys) / 1e12
+    assert mlx_prediction.token_s(QWEN3_8B, machine, 16, tokens) == pytest.approx(one)
+
+
+def test_the_predicted_crossover_is_one():
+    machine = Machine("", {4: 10.0}, 10.0, 500.0, 0.003, 0.8)
+    tokens = mlx_prediction.crossover_tokens(QWEN3_8B, machine, 4, 25)
+
+    def gain(length: int) -> float:
+        stock = mlx_prediction.prefill_s(QWEN3_8B, machine, 4, length)
+        return stock / mlx_prediction.prefill_s(QWEN3_8B, machine, 4, length, 25)
+
+    assert gain(tokens) >= 1.02 > gain(tokens - 64)
+
+
+def test_every_chip_has_its_sources_and_the_record_is_the_one_of_today():
+    record = json.loads((ROOT / "benchmarks" / "apple_prediction.json").read_text())
+    assert record["what"] == "predicted, not measured"
+    assert {chip["name"] for chip in record["chips"]} == {"M2 Ultra", "M3 Ultra", "M4 Max", "M5", "M5 Max"}
+    assert all("://" in record["sources"][chip["name"]] for chip in record["chips"])
+    now = json.loads(json.dumps(apple_prediction.predictions(apple_prediction.reached_on_m4_max())))
+    assert record["rows"] == [pytest.approx(row) for row in now]
+    assert all(abs(check["predicted"] / check["public"] - 1) < 0.1 for check in record["checks"])
