@@ -8,6 +8,12 @@ Buffers: q, out [B, HQ, L, D] and k, v [B, HKV, S, D] as tensor descriptors; lse
 attention int32 counts [B, HQ, M] and blocks [B, HQ, M, N] of the kept blocks before the diagonal one. Row and key tiles
 are 128 positions and start at multiples of 128. Grid: one block a multiprocessor. Shared memory: two query tiles and
 STAGES tiles of keys and of values.
+
+`prefill_kernel` takes descriptors made by the host. `routed_kernel` takes pointers, makes its descriptors on the device
+and reads each batch row's route there: the form that `cuda_reference.export_ptx` compiles for MLX.
+
+TILES says which key tiles a row tile has: "span" (sink and window by position), "route" (span where the batch row's
+route is SPARSE, else all), "table" (those of a block table).
 """
 
 from __future__ import annotations
@@ -28,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from cuda_reference.pattern import BlockTable
-from cuda_reference.triton_prefill import LOG2_E, outputs
+from cuda_reference.triton_prefill import LOG2_E, ROUTE_SPARSE, outputs
 
 TILE = 128  # positions of a row tile and of a key tile
 STAGES = 2
@@ -56,26 +62,30 @@ def _tile(index, q_desc, k_desc, section):
 
 
 @gluon.jit
-def _key_tiles(first_q, table_row, counts, window_blocks, sink_span, SPARSE: gl.constexpr, BLOCK: gl.constexpr):
+def _key_tiles(first_q, b, table_row, counts, sizes, TILES: gl.constexpr):
     """(key tiles of the row tile at `first_q`, those of them that are local)."""
-    if SPARSE:
+    _section, block_size, window_blocks, sink_span, _qk_scale = sizes
+    if TILES == "table":
         n_local = gl.load(counts + table_row) + 1
         n = n_local
     else:
-        start = gl.maximum(0, (first_q // BLOCK - window_blocks + 1) * BLOCK)
+        block = first_q // block_size
+        if TILES == "route":
+            window_blocks = gl.where(gl.load(counts + b) == ROUTE_SPARSE, window_blocks, block + 1)
+        start = gl.maximum(0, (block - window_blocks + 1) * block_size)
         n_local = (first_q - start) // 128 + 1
         n = n_local + gl.minimum(sink_span, start) // 128
     return n, n_local
 
 
 @gluon.jit
-def _producer(descs, bufs, bars, tables, sizes, SPARSE: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr):
+def _producer(descs, bufs, bars, tables, sizes, TILES: gl.constexpr, STAGES: gl.constexpr):
     """Copy the queries of every row tile and then its key and value tiles, the diagonal one first, then to the left."""
     q_desc, k_desc, v_desc, _out_desc = descs
     q_bufs, k_bufs, v_bufs = bufs
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = bars
     counts, blocks, key_blocks = tables
-    section, window_blocks, sink_span, _qk_scale = sizes
+    section = sizes[0]
     row_tiles = _row_tiles(q_desc, k_desc)
     step = 0
     turn = 0
@@ -85,7 +95,7 @@ def _producer(descs, bufs, bars, tables, sizes, SPARSE: gl.constexpr, BLOCK: gl.
         b = bh // q_desc.shape[1]
         h = bh % q_desc.shape[1]
         kv_head = h // (q_desc.shape[1] // k_desc.shape[1])
-        n, n_local = _key_tiles(first_q, table_row, counts, window_blocks, sink_span, SPARSE, BLOCK)
+        n, n_local = _key_tiles(first_q, b, table_row, counts, sizes, TILES)
         q_slot = turn % 2
         mbarrier.wait(q_empty.index(q_slot), (turn // 2 & 1) ^ 1)
         mbarrier.expect(q_ready.index(q_slot), 2 * q_desc.block_type.nbytes)
@@ -93,7 +103,7 @@ def _producer(descs, bufs, bars, tables, sizes, SPARSE: gl.constexpr, BLOCK: gl.
             row = first_q - (k_desc.shape[2] - q_desc.shape[2]) + 64 * group
             tma_load(q_desc, [b, h, row, 0], q_ready.index(q_slot), q_bufs.index(2 * q_slot + group))
         for j in range(n):
-            if SPARSE:
+            if TILES == "table":
                 key = first_q
                 if j > 0:
                     key = gl.load(blocks + table_row.to(gl.int64) * key_blocks + j - 1) * 128
@@ -167,25 +177,25 @@ def _attend(
 
 
 @gluon.jit
-def _store_before_start(out, acc, first_row, token_base, L, HEAD_DIM, layout: gl.constexpr):
-    """Write a tile that starts before row 0, where the copy engine cannot; `token_base` is the head's first row."""
+def _store_before_start(out, out_desc, acc, first_row, b, h, layout: gl.constexpr):
+    """Write a tile that starts before row 0, where the copy engine cannot."""
     rows = first_row + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, layout))
-    pointers = out + (token_base + rows).to(gl.int64)[:, None] * HEAD_DIM + columns[None, :]
-    inside = ((rows >= 0) & (rows < L))[:, None] & (columns < HEAD_DIM)[None, :]
+    out += b.to(gl.int64) * out_desc.strides[0] + h.to(gl.int64) * out_desc.strides[1]
+    pointers = out + rows.to(gl.int64)[:, None] * out_desc.strides[2] + columns[None, :]
+    inside = ((rows >= 0) & (rows < out_desc.shape[2]))[:, None] & (columns < out_desc.shape[3])[None, :]
     gl.store(pointers, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @gluon.jit
 def _consumer(
-    descs, bufs, bars, tables, sizes, out, lse, SPARSE: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    WARP_GROUP: gl.constexpr,
-):  # fmt: skip
+    descs, bufs, bars, tables, sizes, out, lse, TILES: gl.constexpr, STAGES: gl.constexpr, WARP_GROUP: gl.constexpr
+):
     """64 rows of every row tile: attend, then write out and lse. The output leaves through the rows' query buffer."""
     q_desc, k_desc, _v_desc, out_desc = descs
     q_bufs, k_bufs, v_bufs = bufs
     counts, _blocks, _key_blocks = tables
-    section, window_blocks, sink_span, qk_scale = sizes
+    section, _block_size, _window_blocks, _sink_span, qk_scale = sizes
     D: gl.constexpr = q_desc.block_type.shape[3]
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
@@ -195,8 +205,9 @@ def _consumer(
     turn = 0
     for index in range(gl.program_id(0), row_tiles * q_desc.shape[0] * q_desc.shape[1], gl.num_programs(0)):
         bh, row_tile, first_q = _tile(index, q_desc, k_desc, section)
-        table_row = bh * row_tiles + row_tile
-        n, _n_local = _key_tiles(first_q, table_row, counts, window_blocks, sink_span, SPARSE, BLOCK)
+        b = bh // q_desc.shape[1]
+        h = bh % q_desc.shape[1]
+        n, _n_local = _key_tiles(first_q, b, bh * row_tiles + row_tile, counts, sizes, TILES)
         q_slot = turn % 2
         q_buf = q_bufs.index(2 * q_slot + WARP_GROUP)
         q = q_buf.reshape([64, D])
@@ -208,9 +219,9 @@ def _consumer(
         if first_row >= 0:
             q.store(acc.to(q.dtype))
             fence_async_shared()
-            tma_store(out_desc, [bh // q_desc.shape[1], bh % q_desc.shape[1], first_row, 0], q_buf)
+            tma_store(out_desc, [b, h, first_row, 0], q_buf)
         else:
-            _store_before_start(out, acc, first_row, bh * L, L, q_desc.shape[3], o_layout)
+            _store_before_start(out, out_desc, acc, first_row, b, h, o_layout)
         rows = first_row + gl.arange(0, 64, layout=row_layout)
         gl.store(
             lse + bh.to(gl.int64) * L + rows, (m + gl.log2(total)) * 0.6931471805599453, mask=(rows >= 0) & (rows < L)
@@ -229,11 +240,9 @@ def _barriers(N: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def prefill_kernel(
-    q_desc, k_desc, v_desc, out_desc, out, lse, counts, blocks, key_blocks, section, window_blocks, sink_span,
-    qk_scale, SPARSE: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _attend_tiles(descs, tables, sizes, out, lse, TILES: gl.constexpr, STAGES: gl.constexpr):
     """Allocate buffers and barriers (ready: filled by the copy engine; empty: read by both groups), then split up."""
+    q_desc, k_desc, v_desc, _out_desc = descs
     D: gl.constexpr = q_desc.block_type.shape[3]
     bufs = (
         gl.allocate_shared_memory(q_desc.dtype, [4, 1, 1, 64, D], q_desc.layout),
@@ -245,18 +254,49 @@ def prefill_kernel(
         _barriers(STAGES, 2),
     )  # fmt: skip
     fence_async_shared()
-    descs = (q_desc, k_desc, v_desc, out_desc)
-    tables = (counts, blocks, key_blocks)
-    sizes = (section, window_blocks, sink_span, qk_scale)
     gl.warp_specialize(
         [
-            (_consumer, (descs, bufs, bars, tables, sizes, out, lse, SPARSE, BLOCK, STAGES, 0)),
-            (_consumer, (descs, bufs, bars, tables, sizes, out, lse, SPARSE, BLOCK, STAGES, 1)),
-            (_producer, (descs, bufs, bars, tables, sizes, SPARSE, BLOCK, STAGES)),
+            (_consumer, (descs, bufs, bars, tables, sizes, out, lse, TILES, STAGES, 0)),
+            (_consumer, (descs, bufs, bars, tables, sizes, out, lse, TILES, STAGES, 1)),
+            (_producer, (descs, bufs, bars, tables, sizes, TILES, STAGES)),
         ],
         [4, 1],
         [240, 24],
     )
+
+
+@gluon.jit
+def prefill_kernel(
+    q_desc, k_desc, v_desc, out_desc, out, lse, counts, blocks, key_blocks, section, block_size, window_blocks,
+    sink_span, qk_scale, TILES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Attention through descriptors that the host made."""
+    descs = (q_desc, k_desc, v_desc, out_desc)
+    sizes = (section, block_size, window_blocks, sink_span, qk_scale)
+    _attend_tiles(descs, (counts, blocks, key_blocks), sizes, out, lse, TILES, STAGES)
+
+
+@gluon.jit
+def routed_kernel(
+    q, k, v, route, out, lse, B, HQ, HKV, L, S, capacity, section, block_size, window_blocks, sink_span, qk_scale,
+    D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Full or streaming attention by the route of each batch row, int32 `[B]`.
+
+    q, out dense [B, L, HQ, D], the layout that projections leave; k, v dense [B, HKV, capacity, D], of whose rows S
+    are in use. Each block makes its descriptors in 512 bytes of scratch.
+    """
+    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    row = HQ.to(gl.int64) * D
+    head = capacity.to(gl.int64) * D
+    descs = (
+        tma.make_tensor_descriptor(q, [B, HQ, L, D], [L * row, D, row, 1], [1, 1, 64, D], layout),
+        tma.make_tensor_descriptor(k, [B, HKV, S, D], [HKV * head, head, D, 1], [1, 1, 128, D], layout),
+        tma.make_tensor_descriptor(v, [B, HKV, S, D], [HKV * head, head, D, 1], [1, 1, 128, D], layout),
+        tma.make_tensor_descriptor(out, [B, HQ, L, D], [L * row, D, row, 1], [1, 1, 64, D], layout),
+    )
+    sizes = (section, block_size, window_blocks, sink_span, qk_scale)
+    _attend_tiles(descs, (route, route, 0), sizes, out, lse, "route", STAGES)
 
 
 @cache
@@ -304,7 +344,7 @@ def _launch(
         blocks = (table.full_kv_num_blocks, table.full_kv_indices, table.full_kv_indices.shape[-1])
     prefill_kernel[(min(_device(q.device)[1], row_tiles * q.shape[0] * q.shape[1]),)](
         _descriptor(q, 64), _descriptor(k, TILE), _descriptor(v, TILE), _descriptor(out, 64), out, lse, *blocks,
-        section, *sizes[1:], scale * LOG2_E, SPARSE=table is not None, BLOCK=sizes[0], STAGES=STAGES, num_warps=4,
+        section, *sizes, scale * LOG2_E, TILES="span" if table is None else "table", STAGES=STAGES, num_warps=4,
     )  # fmt: skip
     return out, lse
 

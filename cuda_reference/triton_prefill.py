@@ -15,9 +15,11 @@ import triton
 import triton.language as tl
 
 from cuda_reference.pattern import BlockTable
+from flux_mlx.spec import Route
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
+ROUTE_SPARSE = tl.constexpr(int(Route.SPARSE))
 
 
 @triton.jit
@@ -134,6 +136,23 @@ def streaming_kernel(
 
 
 @triton.jit
+def routed_kernel(
+    q, k, v, route, out, lse, q_b, q_h, q_t, k_b, k_h, k_t,
+    L, S, HQ, GROUP, window_blocks, sink_span, qk_scale,
+    BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """`streaming_kernel` where the route of the batch row, int32 `[B]`, is SPARSE; else with a window of all blocks.
+
+    out has the strides of q, and v those of k: the form that `cuda_reference.export_ptx` compiles for MLX.
+    """
+    is_sparse = tl.load(route + tl.program_id(0) // HQ) == ROUTE_SPARSE
+    streaming_kernel(
+        q, k, v, out, lse, q_b, q_h, q_t, k_b, k_h, k_t, k_b, k_h, k_t, q_b, q_h, q_t, L, S, HQ, GROUP,
+        tl.where(is_sparse, window_blocks, S // BLOCK + 1), sink_span, qk_scale, BLOCK, D, BLOCK_D, ROWS, KEYS,
+    )  # fmt: skip
+
+
+@triton.jit
 def block_kernel(
     q, k, v, out, lse, partial_counts, partial_blocks, full_counts, full_blocks,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
@@ -179,9 +198,13 @@ def block_kernel(
 
 
 def tile_options(q: torch.Tensor) -> dict[str, int]:
-    """Tile sizes and launch options for q's dtype and head dim: the largest that spill no register on an A800."""
-    head_dim = q.shape[3]
-    if q.element_size() > 2:
+    """`tile_options_of` q's dtype and head dim."""
+    return tile_options_of(q.element_size(), q.shape[3])
+
+
+def tile_options_of(item_bytes: int, head_dim: int) -> dict[str, int]:
+    """Tile sizes and launch options: the largest that spill no register on an A800."""
+    if item_bytes > 2:
         return {"ROWS": 32, "KEYS": 32, "num_warps": 4, "num_stages": 2 if head_dim <= 128 else 1}
     if head_dim <= 64:
         return {"ROWS": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3}

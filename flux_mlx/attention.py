@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from flux_mlx import kernel_policy, kernels, streaming, xattention
+from flux_mlx import cuda_kernels, kernel_policy, kernels, streaming, xattention
 from flux_mlx.spec import PatternConfig
 
-IMPLS = ("ops", "metal")
+IMPLS = ("ops", "metal", "cuda")
+_KERNELS = {"metal": kernels, "cuda": cuda_kernels}
 
 
 def _check(who: str, q: mx.array, k: mx.array, v: mx.array) -> None:
@@ -46,19 +47,19 @@ def full_attention(
         q: `[B, HQ, L, D]`, float.
         k, v: `[B, HKV, S, D]`, the dtype of q; HKV divides HQ, S >= L.
         scale: Multiplier of the scores, D**-0.5 by default.
-        impl: "ops" (MLX's own kernel, also the default), or "metal" (ours).
+        impl: "ops" (MLX's own kernel, also the default), or "metal" or "cuda" (ours).
 
     Returns:
         `[B, HQ, L, D]`.
 
     Raises:
         ValueError: Shapes, dtypes or `impl` do not fit.
-        RuntimeError: impl="metal" without a Metal device.
+        RuntimeError: impl="metal" without a Metal device, impl="cuda" without a CUDA device.
     """
     _check("full_attention", q, k, v)
     _check_impl("full_attention", impl)
-    if impl == "metal":
-        return kernels.full_attention(q, k, v, scale=scale)[0]
+    if impl in _KERNELS:
+        return _KERNELS[impl].full_attention(q, k, v, scale=scale)[0]
     return streaming.dense(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
@@ -82,32 +83,34 @@ def sparse_attention(
         pattern: Which keys a query sees.
         prompt_tokens: Length of the whole prompt in exact prefill; None (chunked calls, decode) means streaming.
         scale: Multiplier of the scores, D**-0.5 by default.
-        impl: "ops" (compositions of stock attention calls) or "metal" (our kernels; their gradient is that of "ops");
-            never replaced when named. None: what `kernel_policy.use_metal` says.
+        impl: "ops" (compositions of stock attention calls), "metal" or "cuda" (our kernels; their gradient is that of
+            "ops"); never replaced when named. None: what `kernel_policy.choose` says.
 
     Returns:
         `[B, HQ, L, D]`.
 
     Raises:
         ValueError: Shapes, dtypes or `impl` do not fit.
-        RuntimeError: impl="metal" without a Metal device.
+        RuntimeError: impl="metal" without a Metal device, impl="cuda" without a CUDA device.
     """
     _check("sparse_attention", q, k, v)
     _check_impl("sparse_attention", impl)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if impl == "metal" or (impl is None and kernel_policy.use_metal(q, k, v, pattern, prompt_tokens)):
-        return _by_metal(q, k, v, pattern, prompt_tokens, scale)
+    if impl is None:
+        impl = kernel_policy.choose(q, k, v, pattern, prompt_tokens)
+    if impl in _KERNELS:
+        return _by_kernels(impl, q, k, v, pattern, prompt_tokens, scale)
     return _by_operations(q, k, v, pattern, prompt_tokens, scale)
 
 
-def _by_metal(
-    q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None, scale: float
+def _by_kernels(
+    impl: str, q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None, scale: float
 ) -> mx.array:
     """The kernels, which have no gradient of their own: it is recomputed by operations."""
 
     @mx.custom_function
     def forward(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        return kernels.sparse_attention(q, k, v, pattern, prompt_tokens=prompt_tokens, scale=scale)[0]
+        return _KERNELS[impl].sparse_attention(q, k, v, pattern, prompt_tokens=prompt_tokens, scale=scale)[0]
 
     @forward.vjp
     def backward(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> list[mx.array]:

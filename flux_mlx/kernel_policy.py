@@ -1,8 +1,8 @@
-"""When the Metal kernels are used: on a Metal device, after a self-test, where they should win; else MLX operations.
+"""When our kernels are used: on a Metal or CUDA device, after a self-test, where they should win; else MLX operations.
 
-A variant of a kernel (operation, dtype, head dim, rows) is compared with the specification on a small case at its first
-use; not with stock attention, whose float32 is TF32 on some GPUs. A mismatch or a failed compile means operations from
-then on, one warning, and a count in `flux_mlx.doctor`.
+A variant of a kernel (operation, dtype, head dim, rows) is compared with the specification at its first use
+(`flux_mlx.kernel_self_test`). A mismatch, a failed compile or a failed load means operations from then on, one warning,
+and a count in `flux_mlx.doctor`.
 """
 
 from __future__ import annotations
@@ -13,42 +13,20 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
-from flux_mlx import kernels, spec, xattention
+from flux_mlx import cuda_catalog, cuda_kernels, kernels
+from flux_mlx.kernel_self_test import Variant, self_test
 from flux_mlx.spec import PatternConfig
 from metal_kernels import catalog, launches
-from metal_kernels.operations import Run
 
 OPERATIONS = ("prefill", "decode", "blocks")
-SELF_TEST_TOLERANCE = {"float32": 2e-4, "float16": 5e-3, "bfloat16": 4e-2}
 TENSOR_UNIT_GENERATION = 17  # applegpu_g17: M5, whose stock prefill runs on tensor units
-_TEST_KV_TOKENS = 171
-_TEST_PATTERN = PatternConfig(block_size=48, sink_tokens=20, window_tokens=40)
-_TEST_BLOCKS = PatternConfig(name="xattention", block_size=48, stride=4, threshold=0.6)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What a self-test covers.
-
-    Args:
-        operation: "prefill" (streaming or triangle), "decode" (up to 8 queries), "blocks" (xattention's prefill).
-        dtype: Dtype name of q, k and v.
-        head_dim: D.
-        rows: Query rows of a threadgroup that share a KV head (decode; 1 elsewhere).
-    """
-
-    operation: str
-    dtype: str
-    head_dim: int
-    rows: int = 1
+_LONGEST_TEST_TOKENS = 8192  # of a self-test with the call's own window
 
 
 class Record:
@@ -80,23 +58,60 @@ def variant_of(
     return Variant("prefill", dtype, head_dim)
 
 
-def use_metal(q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None = None) -> bool:
-    """Whether a sparse call without a named `impl` should go to the Metal kernels. Full attention stays stock.
+def cuda_variant_of(
+    q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None
+) -> Variant | None:
+    """The CUDA variant that a sparse call needs; None if no kernel takes it on this GPU."""
+    if cuda_kernels.refusal(q, k, v, pattern, prompt_tokens):
+        return None
+    _, heads, q_tokens, head_dim = q.shape
+    dtype, block = kernels.dtype_name(q), pattern.block_size
+    small = PatternConfig(block_size=block, sink_tokens=block, window_tokens=2 * block)
+    if q_tokens > cuda_catalog.DECODE_TOKENS:
+        return Variant("prefill", dtype, head_dim, backend="cuda", pattern=small)
+    rows = cuda_catalog.decode_rows(heads // k.shape[1] * q_tokens)
+    is_short = pattern.sink_span + pattern.window_span <= _LONGEST_TEST_TOKENS
+    own = PatternConfig(block_size=block, sink_tokens=pattern.sink_span, window_tokens=pattern.window_span)
+    return Variant("decode", dtype, head_dim, rows, "cuda", own if is_short else small)
+
+
+def choose(q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None = None) -> str:
+    """What a sparse call without a named `impl` takes: "metal", "cuda" or "ops". Full attention stays stock.
 
     Shapes as in `kernels.sparse_attention`.
     """
+    if use_metal(q, k, v, pattern, prompt_tokens):
+        return "metal"
+    return "cuda" if use_cuda(q, k, v, pattern, prompt_tokens) else "ops"
+
+
+def use_cuda(q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None = None) -> bool:
+    """Whether a sparse call without a named `impl` should go to the CUDA kernels."""
+    if not cuda_kernels.is_available():
+        return False
+    if mx.default_device().type != mx.gpu:
+        return _decline("the default device is not the GPU")
+    return _trusts(cuda_variant_of(q, k, v, pattern, prompt_tokens), pattern, k.shape[2])
+
+
+def use_metal(q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None = None) -> bool:
+    """Whether a sparse call without a named `impl` should go to the Metal kernels."""
     if not kernels.is_available():
         return False
     if mx.default_device().type != mx.gpu:
         return _decline("the default device is not the GPU")
-    variant = variant_of(q, k, v, pattern, prompt_tokens)
+    return _trusts(variant_of(q, k, v, pattern, prompt_tokens), pattern, k.shape[2])
+
+
+def _trusts(variant: Variant | None, pattern: PatternConfig, kv_tokens: int) -> bool:
+    """Whether a call goes to its variant; counted either way."""
     if variant is None:
         return _decline("unsupported dtype or head dim")
-    if not expects_to_win(variant.operation, pattern, k.shape[2]):
+    if not expects_to_win(variant.operation, pattern, kv_tokens):
         return _decline("operations should be faster")
     if verdict(variant):
         return _decline("self-test failed")
-    RECORD.calls["metal"] += 1
+    RECORD.calls[variant.backend] += 1
     return True
 
 
@@ -109,7 +124,7 @@ def expects_to_win(operation: str, pattern: PatternConfig, kv_tokens: int) -> bo
     """Whether the kernel should beat the composition of stock calls: by calibration, else by arithmetic.
 
     A dense call is always stock's. By arithmetic (metal_kernels/README.md): decode in place saves the copy of sink and
-    window; gathered blocks always lose; streaming prefill wins but where stock attention has tensor units.
+    window; gathered blocks always lose; streaming prefill wins but where stock attention has Apple's tensor units.
     """
     if operation != "blocks" and pattern.is_dense(kv_tokens):
         return False
@@ -122,7 +137,7 @@ def expects_to_win(operation: str, pattern: PatternConfig, kv_tokens: int) -> bo
 
 def gpu_info() -> dict[str, Any]:
     """What MLX knows of the GPU, whatever the default device is; of the CPU where there is no GPU."""
-    return mx.device_info(mx.gpu) if kernels.is_available() else mx.device_info()
+    return mx.device_info(mx.gpu) if kernels.is_available() or cuda_kernels.is_available() else mx.device_info()
 
 
 @cache
@@ -133,7 +148,7 @@ def gpu_generation() -> int:
     return int(digits) if digits else 0
 
 
-def verdict(variant: Variant, run: Run = kernels.metal_run) -> str:
+def verdict(variant: Variant, run: Any = None) -> str:
     """ "" if the variant passed its self-test, else the reason. Tested once; a failure warns once."""
     with RECORD.lock:
         if variant not in RECORD.verdicts:
@@ -141,58 +156,12 @@ def verdict(variant: Variant, run: Run = kernels.metal_run) -> str:
             RECORD.verdicts[variant] = reason
             if reason:
                 warnings.warn(
-                    f"The Metal kernel {variant} is not used: {reason}. Stock MLX operations compute instead; "
+                    f"The {variant.backend} kernel {variant} is not used: {reason}. MLX operations compute instead; "
                     "`python -m flux_mlx.doctor` tells more.",
                     RuntimeWarning,
                     stacklevel=2,
                 )
         return RECORD.verdicts[variant]
-
-
-def self_test(variant: Variant, run: Run = kernels.metal_run) -> str:
-    """Compare the variant with `flux_mlx.spec` in float64: "" if they agree, else what is wrong."""
-    try:
-        error = _self_test_error(variant, run)
-    except Exception as failure:  # a Metal compiler error is a RuntimeError, but whatever fails here must not pass
-        return f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
-    allowed = SELF_TEST_TOLERANCE[variant.dtype]
-    return "" if error <= allowed else f"differs from the specification by {error:.3g}, allowed {allowed:g}"
-
-
-def _self_test_error(variant: Variant, run: Run) -> float:
-    """Largest error of outputs and lse (and block masses) over the kernels of a variant; inf if one is not finite."""
-    q, k, v = _self_test_tensors(variant)
-    if variant.operation == "blocks":
-        prompt = k.shape[2]
-        results = [kernels.sparse_attention(q, k, v, _TEST_BLOCKS, prompt_tokens=prompt, run=run)]
-        kept = np.array(xattention.select_blocks(q, k, _TEST_BLOCKS))
-        mask = spec.expand_blocks(kept, _TEST_BLOCKS.block_size, q.shape[2], prompt)
-    else:
-        splits = (1, 2) if variant.operation == "decode" else (None,)
-        results = [kernels.sparse_attention(q, k, v, _TEST_PATTERN, splits=n, run=run) for n in splits]
-        mask = spec.visible_mask(_TEST_PATTERN, q.shape[2], k.shape[2])
-    q_, k_, v_ = (np.array(x.astype(mx.float32)) for x in (q, k, v))
-    expected = spec.masked_attention(q_, k_, v_, mask, variant.head_dim**-0.5)
-    pairs = [pair for result in results for pair in zip(result, expected, strict=True)]
-    if variant.operation == "blocks":
-        mass = spec.block_mass(q_, k_, _TEST_BLOCKS.block_size, _TEST_BLOCKS.stride)
-        pairs.append((kernels.block_mass(q, k, _TEST_BLOCKS, run=run), mass))
-    errors = [np.abs(np.array(got.astype(mx.float32)) - want).max() for got, want in pairs]
-    return float(max(errors)) if np.isfinite(errors).all() else float("inf")
-
-
-def _self_test_tensors(variant: Variant) -> list[mx.array]:
-    """q, k and v of a case whose tiles and rows have rests; k and v are cut from longer buffers, NaN behind."""
-    is_decode = variant.operation == "decode"
-    group, q_tokens = {1: (1, 1), 2: (2, 1), 4: (2, 3)}[variant.rows] if is_decode else (2, 41)
-    rng, dtype = np.random.default_rng(0), getattr(mx, variant.dtype)
-
-    def draw(heads: int, tokens: int, spare: int) -> mx.array:
-        values = np.full((2, heads, tokens + spare, variant.head_dim), np.nan, np.float32)
-        values[:, :, :tokens] = rng.standard_normal((2, heads, tokens, variant.head_dim))
-        return mx.array(values).astype(dtype)[:, :, :tokens]
-
-    return [draw(group, q_tokens, 0), *(draw(1, _TEST_KV_TOKENS, 19) for _ in range(2))]
 
 
 def calibration_path() -> Path:
@@ -239,7 +208,14 @@ def report(variants: Callable[[], list[Variant]] | None = None) -> dict[str, Any
         verdict(variant)
     return {
         "variants": [
-            {"operation": v.operation, "dtype": v.dtype, "head_dim": v.head_dim, "rows": v.rows, "problem": problem}
+            {
+                "backend": v.backend,
+                "operation": v.operation,
+                "dtype": v.dtype,
+                "head_dim": v.head_dim,
+                "rows": v.rows,
+                "problem": problem,
+            }
             for v, problem in RECORD.verdicts.items()
         ],
         "calls": dict(RECORD.calls),

@@ -35,9 +35,9 @@ def test_shapes_that_do_not_fit_are_refused(attend, shapes, message):
 
 def test_unknown_implementations_are_refused():
     with pytest.raises(
-        ValueError, match=r"\[full_attention\] impl must be one of \['ops', 'metal'\] or None, got 'cuda'"
+        ValueError, match=r"\[full_attention\] impl must be one of \['ops', 'metal', 'cuda'\] or None, got 'triton'"
     ):
-        full_attention(*arrays(), impl="cuda")
+        full_attention(*arrays(), impl="triton")
     with pytest.raises(ValueError, match=r"\[sparse_attention\] impl must be one of"):
         sparse_attention(*arrays(), PATTERN, impl="fast")
 

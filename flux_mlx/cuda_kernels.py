@@ -1,0 +1,254 @@
+"""The CUDA kernels as functions of MLX arrays. Which calls should use them is said by `flux_mlx.kernel_policy`.
+
+Layout `[B, H, L, D]`; keys are positions 0..S-1, queries the last L of them. Nothing here waits for the device: the
+route of each batch row is read by the kernels. `run` is the launcher; the default needs MLX's CUDA backend, the tests
+pass one that executes the kernels on the host.
+
+Prefill reads k and v in place where they are dense, as a whole cache buffer is, and MLX copies them where they are not;
+so a cache gives its buffer and `kv_tokens` rather than a slice. It reads q and writes out as dense `[B, L, HQ, D]`, as
+projections leave and take them. Decode reads any view in place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+
+from flux_mlx import cuda_catalog, streaming
+from flux_mlx.cuda_catalog import Device, Launch, Source
+from flux_mlx.spec import PatternConfig, Route
+
+Run = Callable[[Launch, list[mx.array]], list[mx.array]]
+
+CACHE_STEP_TOKENS = 256  # stock caches grow by so many tokens; one that is full is dense
+_HOPPER = Device(9, 0, 132, 50 << 20)  # an H100 with every multiprocessor that NVIDIA sells
+_ATTRIBUTES = {"multiprocessors": 16, "l2_bytes": 38}  # CUdevice_attribute of the driver
+_PLAIN = PatternConfig()
+
+
+def is_available() -> bool:
+    """Whether MLX has a CUDA device."""
+    return mx.cuda.is_available()
+
+
+@cache
+def device() -> Device:
+    """MLX's GPU. What MLX does not tell comes from the driver, or is that of an H100."""
+    info = mx.device_info(mx.gpu)
+    facts = {"multiprocessors": _HOPPER.multiprocessors, "l2_bytes": _HOPPER.l2_bytes}
+    facts |= _driver_facts()
+    return Device(int(info["compute_capability_major"]), int(info["compute_capability_minor"]), **facts)
+
+
+def _driver_facts() -> dict[str, int]:
+    """Attributes of the first visible CUDA device; {} where the driver cannot be asked."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return {}
+    handle, value, facts = ctypes.c_int(), ctypes.c_int(), {}
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(handle), 0):
+        return {}
+    for name, attribute in _ATTRIBUTES.items():
+        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle) == 0 and value.value > 0:
+            facts[name] = value.value
+    return facts
+
+
+@cache
+def _source_kernel(source: Source) -> Any:
+    return mx.fast.cuda_kernel(
+        name=f"flux_{source.name}",
+        input_names=list(source.inputs),
+        output_names=list(source.outputs),
+        header=source.header(),
+        source=source.body(),
+        ensure_row_contiguous=False,
+    )
+
+
+def cuda_run(launch: Launch, inputs: list[mx.array]) -> list[mx.array]:
+    """Launch a kernel on the CUDA device.
+
+    Raises:
+        RuntimeError: There is no CUDA device.
+    """
+    kernel = launch.kernel
+    if not is_available():
+        raise RuntimeError(f'[{kernel.name}] impl="cuda" needs MLX with a CUDA device, and there is none.')
+    x, y, z = launch.blocks
+    sizes = {
+        "grid": (x * launch.threads, y, z),
+        "threadgroup": (launch.threads, 1, 1),
+        "output_shapes": list(launch.output_shapes),
+        "output_dtypes": [getattr(mx, name) for name in launch.output_dtypes],
+    }
+    if isinstance(kernel, Source):
+        template = [(name, getattr(mx, v) if isinstance(v, str) else v) for name, v in launch.arguments]
+        return _source_kernel(kernel)(inputs=inputs, template=template, **sizes)
+    return mx.fast.precompiled_cuda_kernel(
+        name=kernel.name,
+        compiled_source=cuda_catalog.code(kernel),
+        inputs=inputs,
+        scalars=[value for _, value in launch.arguments],
+        shared_memory=kernel.shared_bytes,
+        ensure_row_contiguous=True,
+        **sizes,
+    )
+
+
+@cache
+def _route_codes(codes: tuple[int, ...]) -> mx.array:
+    """Known routes as int32 `[B]` in the GPU's own memory, made once: host memory would be fetched page by page."""
+    route = mx.array(codes, mx.int32) + 0
+    mx.eval(route)
+    return route
+
+
+def _dtype_name(x: mx.array) -> str:
+    return str(x.dtype).rpartition(".")[2]
+
+
+def refusal(
+    q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None, family: str | None = None
+) -> str:
+    """Why no kernel computes such a call on this device; "" if one does."""
+    (B, HQ, L, D), dtype = q.shape, _dtype_name(q)
+    if not q.dtype == k.dtype == v.dtype or dtype not in cuda_catalog.DTYPES:
+        return f"expected dtype {' or '.join(cuda_catalog.DTYPES)}, got {q.dtype}, {k.dtype} and {v.dtype}"
+    if D not in cuda_catalog.HEAD_DIMS or k.shape != v.shape or k.shape[0] != B or HQ % k.shape[1]:
+        dims = cuda_catalog.HEAD_DIMS
+        return f"expected q [B, HQ, L, D], k and v [B, HKV, S, D] with D of {dims}, got {q.shape}, {k.shape}, {v.shape}"
+    if prompt_tokens is not None and pattern.name != "streaming":
+        return f'expected pattern "streaming" in exact prefill, got "{pattern.name}"'
+    if L <= cuda_catalog.DECODE_TOKENS:
+        return "" if device().major >= 8 else f"expected compute capability 8.0 or newer, got {device()}"
+    kernel = cuda_catalog.find(dtype, D, pattern.block_size, device(), family)
+    if kernel is None:
+        return f"no compiled kernel for block size {pattern.block_size} on compute capability {device().major}"
+    if kernel.family == "portable" and not cuda_catalog.fits_int32(q.shape, k.shape):
+        return f"expected strides of less than 2**31 elements, got shapes {q.shape} and {k.shape}"
+    return ""
+
+
+def full_attention(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float | None = None, kv_tokens: int | None = None, **options: Any
+) -> tuple[mx.array, mx.array]:
+    """Causal attention.
+
+    Args:
+        q: `[B, HQ, L, D]`, bfloat16 or float16; D one of `cuda_catalog.HEAD_DIMS`.
+        k: `[B, HKV, capacity, D]`, the dtype of q.
+        v: As k.
+        scale: Multiplier of the scores, D**-0.5 by default.
+        kv_tokens: S: keys in use; all of the buffer by default.
+        options: `family`, `splits` and `run` as in `routed_attention`.
+
+    Returns:
+        (out `[B, HQ, L, D]`, lse float32 `[B, HQ, L]`, natural log).
+
+    Raises:
+        ValueError: Shapes or dtypes that the kernels do not take.
+        RuntimeError: No CUDA device.
+    """
+    return routed_attention(q, k, v, (int(Route.FULL),), _PLAIN, scale=scale, kv_tokens=kv_tokens, **options)
+
+
+def sparse_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    pattern: PatternConfig,
+    *,
+    prompt_tokens: int | None = None,
+    scale: float | None = None,
+    kv_tokens: int | None = None,
+    **options: Any,
+) -> tuple[mx.array, mx.array]:
+    """Causal attention restricted to `pattern` (`flux_mlx.spec.visible`), skipping what is hidden.
+
+    Args:
+        pattern: Which keys a query sees; triangle and xattention in their decode, streaming, only.
+        prompt_tokens: Length of the whole prompt in exact prefill; None (chunked calls, decode) means streaming.
+        The others, the results and the errors as in `full_attention`.
+    """
+    sizes = {"prompt_tokens": prompt_tokens, "scale": scale, "kv_tokens": kv_tokens}
+    return routed_attention(q, k, v, (int(Route.SPARSE),), pattern, **sizes, **options)
+
+
+def routed_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    route: mx.array | tuple[int, ...],
+    pattern: PatternConfig,
+    *,
+    prompt_tokens: int | None = None,
+    scale: float | None = None,
+    kv_tokens: int | None = None,
+    family: str | None = None,
+    splits: int | None = None,
+    run: Run = cuda_run,
+) -> tuple[mx.array, mx.array]:
+    """Full or sparse attention by the route of each batch row, read by the kernel: no host synchronisation.
+
+    Args:
+        route: int32 `[B]`, codes of `flux_mlx.spec.Route`, or a tuple of B of them, or of one for all rows.
+        family: "hopper" or "portable": which compiled kernels; the first that fits by default.
+        splits: Pieces of a call of up to 8 queries; chosen from the visible keys by default.
+        run: Launcher.
+        The others, the results and the errors as in `sparse_attention`.
+    """
+    if problem := refusal(q, k, v, pattern, prompt_tokens, family):
+        raise ValueError(f"[cuda_kernels] {problem}.")
+    tokens = k.shape[2] if kv_tokens is None else kv_tokens
+    if not q.shape[2] <= tokens <= k.shape[2]:
+        raise ValueError(
+            f"[cuda_kernels] expected L <= kv_tokens <= keys in the buffer, got {q.shape[2]}, {tokens}, {k.shape[2]}."
+        )
+    is_sparse = isinstance(route, tuple) and set(route) == {int(Route.SPARSE)}
+    if isinstance(route, tuple):
+        route = _route_codes(route * q.shape[0] if len(route) == 1 else route)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if q.shape[2] <= cuda_catalog.DECODE_TOKENS:
+        k, v = k[:, :, :tokens], v[:, :, :tokens]
+        return _decode(q, k, v, route, pattern, scale, is_sparse, splits, run)
+    if is_sparse and _is_worth_compacting(tokens, k.shape[2], q.shape[2], pattern):
+        k, v = (streaming.compact(x[:, :, :tokens], pattern, q.shape[2]) for x in (k, v))
+        tokens = k.shape[2]
+    return _prefill(q, k, v, route, pattern, scale, tokens, is_sparse, family, run)
+
+
+def _is_worth_compacting(tokens: int, capacity: int, q_tokens: int, pattern: PatternConfig) -> bool:
+    """Whether k is likely a slice that MLX would copy, and what the queries see is much less of it."""
+    live = q_tokens + pattern.window_span + pattern.sink_span
+    return tokens == capacity and tokens % CACHE_STEP_TOKENS != 0 and tokens > 2 * live
+
+
+def _prefill(
+    q: mx.array, k: mx.array, v: mx.array, route: mx.array, pattern: PatternConfig, scale: float, kv_tokens: int,
+    is_sparse: bool, family: str | None, run: Run,
+) -> tuple[mx.array, mx.array]:  # fmt: skip
+    kernel = cuda_catalog.find(_dtype_name(q), q.shape[3], pattern.block_size, device(), family)
+    shapes = tuple(q.shape), tuple(k.shape)
+    launch = cuda_catalog.prefill(kernel, device(), *shapes, kv_tokens, pattern, scale, may_be_full=not is_sparse)
+    out, lse = run(launch, [q.swapaxes(1, 2), k, v, route])[:2]
+    return out.swapaxes(1, 2), lse
+
+
+def _decode(
+    q: mx.array, k: mx.array, v: mx.array, route: mx.array, pattern: PatternConfig, scale: float, is_sparse: bool,
+    splits: int | None, run: Run,
+) -> tuple[mx.array, mx.array]:  # fmt: skip
+    shapes = tuple(q.shape), tuple(k.shape)
+    span = pattern.window_span + pattern.sink_span + q.shape[2]  # of all L queries
+    visible = min(k.shape[2], span) if is_sparse else k.shape[2]
+    if splits is None:
+        splits = cuda_catalog.decode_splits(device(), *shapes, visible)
+    split, merge = cuda_catalog.decode(*shapes, _dtype_name(q), pattern, scale, splits)
+    out, lse = run(merge, run(split, [q, k, v, route]))
+    return out.swapaxes(1, 2), lse

@@ -1,0 +1,126 @@
+"""Self-tests of the kernels: a variant is compared with the specification on a small case before it is used.
+
+Not with stock attention, whose float32 is TF32 on some GPUs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from flux_mlx import cuda_kernels, kernels, spec, xattention
+from flux_mlx.spec import PatternConfig, Route
+
+TOLERANCE = {"float32": 2e-4, "float16": 5e-3, "bfloat16": 4e-2}
+_KV_TOKENS = 171
+_PATTERN = PatternConfig(block_size=48, sink_tokens=20, window_tokens=40)
+_BLOCKS = PatternConfig(name="xattention", block_size=48, stride=4, threshold=0.6)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a self-test covers.
+
+    Args:
+        operation: "prefill" (streaming or triangle), "decode" (up to 8 queries), "blocks" (xattention's prefill).
+        dtype: Dtype name of q, k and v.
+        head_dim: D.
+        rows: Query rows of a threadgroup or block that share a KV head (decode; 1 elsewhere).
+        backend: "metal" or "cuda".
+        pattern: CUDA: what the case is masked by, for kernels are compiled for a pattern.
+    """
+
+    operation: str
+    dtype: str
+    head_dim: int
+    rows: int = 1
+    backend: str = "metal"
+    pattern: PatternConfig | None = None
+
+
+def self_test(variant: Variant, run: Any = None) -> str:
+    """Compare the variant with `flux_mlx.spec` in float64: "" if they agree, else what is wrong.
+
+    Args:
+        variant: What is tested.
+        run: Launcher of its backend; the device's by default.
+    """
+    try:
+        if variant.backend == "cuda":
+            error = _cuda_error(variant, run or cuda_kernels.cuda_run)
+        else:
+            error = _metal_error(variant, run or kernels.metal_run)
+    except Exception as failure:  # a compiler's error is a RuntimeError, but whatever fails here must not pass
+        return f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+    allowed = TOLERANCE[variant.dtype]
+    return "" if error <= allowed else f"differs from the specification by {error:.3g}, allowed {allowed:g}"
+
+
+def _metal_error(variant: Variant, run: Any) -> float:
+    """Largest error of outputs and lse (and block masses) over the kernels of a variant; inf if one is not finite."""
+    q, k, v = _metal_tensors(variant)
+    if variant.operation == "blocks":
+        prompt = k.shape[2]
+        results = [kernels.sparse_attention(q, k, v, _BLOCKS, prompt_tokens=prompt, run=run)]
+        kept = np.array(xattention.select_blocks(q, k, _BLOCKS))
+        mask = spec.expand_blocks(kept, _BLOCKS.block_size, q.shape[2], prompt)
+    else:
+        splits = (1, 2) if variant.operation == "decode" else (None,)
+        results = [kernels.sparse_attention(q, k, v, _PATTERN, splits=n, run=run) for n in splits]
+        mask = spec.visible_mask(_PATTERN, q.shape[2], k.shape[2])
+    q_, k_, v_ = (np.array(x.astype(mx.float32)) for x in (q, k, v))
+    expected = spec.masked_attention(q_, k_, v_, mask, variant.head_dim**-0.5)
+    pairs = [pair for result in results for pair in zip(result, expected, strict=True)]
+    if variant.operation == "blocks":
+        mass = spec.block_mass(q_, k_, _BLOCKS.block_size, _BLOCKS.stride)
+        pairs.append((kernels.block_mass(q, k, _BLOCKS, run=run), mass))
+    return _largest_error(pairs)
+
+
+def _largest_error(pairs: list[tuple[mx.array, np.ndarray]]) -> float:
+    errors = [np.abs(np.array(got.astype(mx.float32)) - want).max() for got, want in pairs]
+    return float(max(errors)) if np.isfinite(errors).all() else float("inf")
+
+
+def _metal_tensors(variant: Variant) -> list[mx.array]:
+    """q, k and v of a case whose tiles and rows have rests; k and v are cut from longer buffers, NaN behind."""
+    is_decode = variant.operation == "decode"
+    group, q_tokens = {1: (1, 1), 2: (2, 1), 4: (2, 3)}[variant.rows] if is_decode else (2, 41)
+    q, k, v = _tensors(variant, 2, group, q_tokens, _KV_TOKENS)
+    return [q, k[:, :, :_KV_TOKENS], v[:, :, :_KV_TOKENS]]
+
+
+def _tensors(variant: Variant, batch: int, q_heads: int, q_tokens: int, kv_tokens: int) -> list[mx.array]:
+    """q, and k and v of one head whose buffers are longer than `kv_tokens`, NaN behind."""
+    rng, dtype = np.random.default_rng(0), getattr(mx, variant.dtype)
+
+    def draw(heads: int, tokens: int, spare: int) -> mx.array:
+        values = np.full((batch, heads, tokens + spare, variant.head_dim), np.nan, np.float32)
+        values[:, :, :tokens] = rng.standard_normal((batch, heads, tokens, variant.head_dim))
+        return mx.array(values).astype(dtype)
+
+    return [draw(q_heads, q_tokens, 0), *(draw(1, kv_tokens, 19) for _ in range(2))]
+
+
+def _cuda_error(variant: Variant, run: Any) -> float:
+    """Largest error of outputs and lse: one batch row is FULL and one SPARSE, in one call."""
+    pattern, scale = variant.pattern, variant.head_dim**-0.5
+    kv_tokens = pattern.sink_span + pattern.window_span + pattern.block_size + 37
+    group, q_tokens = (variant.rows, 1) if variant.operation == "decode" else (2, kv_tokens - 50)
+    q, k, v = _tensors(variant, 2, group, q_tokens, kv_tokens)
+    route = (int(Route.FULL), int(Route.SPARSE))
+    results = cuda_kernels.routed_attention(q, k, v, route, pattern, kv_tokens=kv_tokens, run=run)
+    masks = [spec.visible_mask(rule, q_tokens, kv_tokens) for rule in (_dense(kv_tokens), pattern)]
+    arrays = [np.array(x.astype(mx.float32)) for x in (q, k[:, :, :kv_tokens], v[:, :, :kv_tokens])]
+    pairs = []
+    for row, mask in enumerate(masks):
+        expected = spec.masked_attention(*(x[row : row + 1] for x in arrays), mask, scale)
+        pairs += [(got[row : row + 1], want) for got, want in zip(results, expected, strict=True)]
+    return _largest_error(pairs)
+
+
+def _dense(kv_tokens: int) -> PatternConfig:
+    return PatternConfig(window_tokens=kv_tokens)
