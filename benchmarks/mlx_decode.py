@@ -2,7 +2,7 @@
 
     python -m benchmarks.mlx_decode --bits 4 --lengths 32K 128K 256K --omegas 0.7 0.77 --json FILE
 
-No prompt is computed, which at these lengths would take minutes: what a token costs depends on how many keys there are, not
+No prompt is computed, which at these lengths would take minutes: what a token costs depends on the number of keys, not
 on what they are. The loop is mlx-lm's `generate_step`, as everywhere.
 """
 

@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DRIVER = ROOT / "benchmarks" / "mlx_cuda.sh"
 SIZES = ("--shape", "tiny", "--block-size", "8", "--sink-tokens", "8", "--window-tokens", "16", "--chunk", "32")
 
+WIDE = ("--block-size", "32", "--sink-tokens", "32", "--window-tokens", "64", "--chunk", "512")
+
 
 def rows_of(script: str, tmp_path: Path, *arguments: str) -> dict:
     path = tmp_path / f"{script}.json"
@@ -53,7 +55,7 @@ def test_router_cost_is_that_of_neighbouring_runs(tmp_path):
 
 
 def test_evict_holds_less_and_keep_as_much_as_stock(tmp_path):
-    (row,) = rows_of("mlx_kv_memory", tmp_path, "--lengths", "2000", "--chunk", "500", "-n", "1")["rows"]
+    (row,) = rows_of("mlx_kv_memory", tmp_path, *WIDE, "--lengths", "2000", "-n", "1")["rows"]
     assert row["evict_over_stock"] < 0.6
     assert row["keep_over_stock"] > 0.95
 
