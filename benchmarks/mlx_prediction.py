@@ -170,7 +170,15 @@ H100 = Machine(
 )
 KNOWN_PREFILL_S = {32768: 5.3, 131072: 28.2}  # Qwen3-8B, 4 bits
 KNOWN_TOKENS_S = {32768: 124.0, 131072: 67.0}
-RUNS = ((16, 32768, 25), (16, 131072, 25), (16, 262144, 28), (4, 32768, 25), (4, 131072, 25), (4, 262144, 28))
+RUNS = (
+    (16, 8192, 25),
+    (16, 32768, 25),
+    (16, 131072, 25),
+    (16, 262144, 28),
+    (4, 32768, 25),
+    (4, 131072, 25),
+    (4, 262144, 28),
+)
 """(bits, tokens, sparse layers of 36) of the main stages: Omega 0.7, and 0.77 at 256K."""
 
 
@@ -208,9 +216,59 @@ def runs_table() -> str:
     return columns(lines)
 
 
+START_S = 20.0  # of a process: imports, random weights, loading kernels; the first one compiles for a minute more
+PASSES = 5  # that the timing of attention by itself makes over a prompt
+
+
+def compare_s(bits: int, tokens: int, sparse: int, trials: int, generated: int, rows: int = 1) -> float:
+    """What `flux_mlx.benchmark` needs for one length."""
+    parts = sum(attention_s(QWEN3_8B, H100, tokens, pattern) for pattern in (None, PATTERN))
+    prompts = sum(prefill_s(QWEN3_8B, H100, bits, tokens, n) for n in (0, sparse))
+    answers = generated * sum(token_s(QWEN3_8B, H100, bits, rows * tokens, n) for n in (0, sparse))
+    return rows * PASSES * parts + trials * (rows * prompts + answers)
+
+
+def stages() -> dict[str, float]:
+    """Seconds of each stage of `benchmarks/mlx_cuda.sh`, the start of its process included."""
+    exact = [2 * sum(prefill_s(QWEN3_8B, H100, 16, n, sparse) for sparse in (0, 25)) for n in (8192, 32768)]
+    layer = [sum(attention_s(QWEN3_8B, H100, n, pattern) for pattern in (None, PATTERN)) for n in (32768, 131072)]
+    memory = prefill_s(QWEN3_8B, H100, 16, 131072) + 2 * prefill_s(QWEN3_8B, H100, 16, 131072, 25)
+    small = [prefill_s(SMALL, H100, 16, n, 7) for n in (16384, 262144, 1048576)]
+
+    def decode(bits: int, kinds: int) -> float:
+        return sum(3 * kinds * 37 * token_s(QWEN3_8B, H100, bits, n) for n in (32768, 131072, 262144))
+
+    seconds = {
+        "layer": PASSES * sum(layer) + 5,
+        "decode-bf16": decode(16, 3),
+        "decode-4bit": decode(4, 5),
+        "short": sum(compare_s(16, n, 25, 8, 8) for n in (256, 512, 1024, 2048, 4096)),
+        "router": 32 * prefill_s(QWEN3_8B, H100, 16, 8192, 25),
+        "exact": 5 * sum(exact),
+        "bf16": compare_s(16, 32768, 25, 5, 32) + compare_s(16, 131072, 25, 2, 32),
+        "bf16-256k": compare_s(16, 262144, 28, 1, 32),
+        "million": sum(small),
+        "memory": memory,
+        "4bit": compare_s(4, 32768, 25, 2, 32) + compare_s(4, 131072, 25, 1, 32),
+        "batch": compare_s(4, 32768, 25, 1, 32, rows=8),
+        "4bit-256k": compare_s(4, 262144, 28, 1, 32),
+    }
+    return {name: START_S + value for name, value in seconds.items()}
+
+
+def stages_table() -> str:
+    """The stages, and what they take together."""
+    lines: list[tuple[Any, ...]] = [("stage", "seconds", "together, with the first minute")]
+    together = 60.0
+    for name, seconds in stages().items():
+        together += seconds
+        lines.append((name, f"{seconds:.0f}", f"{together:.0f}"))
+    return columns(lines)
+
+
 def main() -> None:
-    """Print both tables."""
-    print(f"{known_table()}\n\n{runs_table()}")
+    """Print the tables."""
+    print("\n\n".join([known_table(), runs_table(), stages_table()]))
 
 
 if __name__ == "__main__":

@@ -138,6 +138,19 @@ def test_predictions_are_operations_over_rates():
     assert mlx_prediction.token_s(QWEN3_8B, machine, 16, tokens) == pytest.approx(one)
 
 
+def test_the_stages_are_the_drivers_and_fit_into_a_quarter_of_an_hour():
+    assert list(mlx_prediction.stages()) == list(stage_commands())
+    assert 60 + sum(mlx_prediction.stages().values()) < 900
+
+
+def test_the_page_shows_what_the_arithmetic_says():
+    page = (ROOT / "docs" / "speed.md").read_text()
+    reached = apple_prediction.reached_on_m4_max()
+    tables = [mlx_prediction.known_table(), mlx_prediction.runs_table(), mlx_prediction.stages_table()]
+    tables += apple_prediction.as_text(apple_prediction.predictions(reached), reached).split("\n\n")[1:]
+    assert all(table in page for table in tables)
+
+
 def test_the_predicted_crossover_is_one():
     machine = Machine("", {4: 10.0}, 10.0, 500.0, 0.003, 0.8)
     tokens = mlx_prediction.crossover_tokens(QWEN3_8B, machine, 4, 25)
