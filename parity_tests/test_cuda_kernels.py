@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from benchmarks import mlx_cuda_attention
 from flux_mlx import attention, cuda_catalog, cuda_kernels, kernel_policy, kernel_self_test, spec
 from flux_mlx.cuda_catalog import Device
 from flux_mlx.kernel_self_test import Variant
@@ -263,3 +264,39 @@ def test_a_failed_load_means_operations(device, monkeypatch):
     assert kernel_policy.choose(q, k, k, PREFILL_PATTERN) == "ops"
     assert device.calls == {"ops: self-test failed": 2}
     assert "ZeroDivisionError" in kernel_policy.report()["variants"][0]["problem"]
+
+
+def test_the_benchmark_compares_rightly(monkeypatch):
+    monkeypatch.setattr(mlx_cuda_attention, "DECODE_CASES", (("float16", 64, 2),))
+    rows = mlx_cuda_attention.decode_parity(HostCuda(), DECODE_PATTERN, kv_tokens=140)
+    rows += mlx_cuda_attention.prefill_parity("portable", [("float16", 64, 64)], HostCuda(), kv_tokens=200)
+    assert len(rows) == 7
+    assert all(row["right"] and row["repeats"] for row in rows)
+
+    def wrong(launch, inputs):
+        return [x + 0.1 for x in HostCuda()(launch, inputs)]
+
+    wrong_rows = mlx_cuda_attention.decode_parity(wrong, DECODE_PATTERN, kv_tokens=140)
+    assert not any(row["right"] for row in wrong_rows)
+
+
+def test_the_benchmark_survives_a_stage():
+    result = mlx_cuda_attention.run_stage(lambda: [{}[0]])
+    assert result["error"] == "KeyError: 0"
+    assert not mlx_cuda_attention.is_right(result)
+    assert mlx_cuda_attention.is_right(mlx_cuda_attention.run_stage(lambda: [{"right": True}, {"tokens": 3}]))
+
+
+def test_fractions_of_the_ideal():
+    row = mlx_cuda_attention.with_fractions({"dense_ms": 10.0, "hopper_ms": 2.0, "full_ms": 8.0}, 0.1)
+    assert row["ideal_ms"] == 1.0
+    assert row["hopper_of_ideal"] == 0.5
+    assert row["full_of_dense"] == 1.25
+    assert mlx_cuda_attention.with_fractions({"hopper_ms": 2.0}, 0.1) == {"hopper_ms": 2.0}
+
+
+@needs_no_device
+def test_the_benchmark_needs_a_device(capsys):
+    with pytest.raises(SystemExit):
+        mlx_cuda_attention.main([])
+    assert "needs MLX with a CUDA device" in capsys.readouterr().err
