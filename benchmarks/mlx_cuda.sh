@@ -4,8 +4,8 @@
 #
 #     sh benchmarks/mlx_cuda.sh OUT STAGE...      # STAGE: see below, or "list"
 #
-# OUT gets a JSON and a log for each stage. A stage that fails does not stop the next one. Compiled kernels are kept in
-# $MLX_PTX_CACHE_DIR for the next stage.
+# OUT gets a JSON for each stage and one log. A stage that fails does not stop the next one. Compiled kernels are kept
+# in $MLX_PTX_CACHE_DIR for the next stage.
 set -eu
 
 usage="usage: sh benchmarks/mlx_cuda.sh OUT STAGE... (or: list)"
@@ -52,12 +52,13 @@ run() {
     esac
 }
 
+log="$out/mlx_cuda.log"
 failed=""
 for stage in "$@"; do
     start=$(date +%s)
-    echo "== $stage"
-    run "$stage" >"$out/mlx_$stage.log" 2>&1 || failed="$failed $stage"
-    tail -n 40 "$out/mlx_$stage.log"
-    echo "== $stage took $(($(date +%s) - start)) s"
+    echo "== $stage" >>"$log"
+    run "$stage" >>"$log" 2>&1 || failed="$failed $stage"
+    echo "== $stage took $(($(date +%s) - start)) s" >>"$log"
+    tail -n 30 "$log"
 done
 [ -z "$failed" ] || { echo "failed:$failed" >&2; exit 1; }

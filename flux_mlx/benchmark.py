@@ -113,7 +113,7 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, Callable[[str], list[int
         model = random_model(config, args.bits, args.dtype, args.seed)
         return model, lambda text: word_ids(text, config["vocab_size"])
     model, tokenizer, _ = load_without_code(args.model)
-    return model, tokenizer.encode
+    return model, lambda text: tokenizer.encode(text, verbose=False)  # no warning that the whole text is long
 
 
 def route_model(args: argparse.Namespace, model: nn.Module) -> Callable[[int], None] | None:
@@ -230,7 +230,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(2, f"{parser.prog}: {error}\n")
     command = " ".join(["flux_mlx.benchmark", *(sys.argv[1:] if argv is None else argv)])
     record = {"command": command, "hardware": hardware(), "versions": versions(), **facts}
-    record = measure(args, bench, lengths, record)
+    try:
+        record = measure(args, bench, lengths, record)
+    except (MemoryError, RuntimeError, ValueError) as error:  # MLX raises these when memory runs out
+        kept = f"; {args.json} holds the lengths that were done" if args.json and args.json.exists() else ""
+        parser.exit(1, f"{parser.prog}: stopped: {error}{kept}\n")
     write_json(args.json, record)
     sys.stdout.write(as_text(record, args.show_routes) + "\n")
     if args.plot:

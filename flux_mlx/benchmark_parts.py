@@ -45,8 +45,9 @@ class AttentionShape:
     def of(cls, model: nn.Module, batch: int = 1) -> AttentionShape:
         """That of a Flux model."""
         layers = routed_layers(model)
-        index, attn = next(iter(layers.items()))
-        dtype = model.layers[index].input_layernorm.weight.dtype
+        attn = next(iter(layers.values()))
+        projection = attn.o_proj
+        dtype = (projection.scales if "scales" in projection else projection.weight).dtype
         return cls(len(layers), attn.n_heads, attn.n_kv_heads, attn.pooled_dim, dtype, batch)
 
     def random(self, heads: int, tokens: int) -> mx.array:

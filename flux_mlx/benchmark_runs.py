@@ -70,9 +70,9 @@ class _Meter:
         mx.clear_cache()
         self._held_bytes = mx.get_active_memory()
         mx.reset_peak_memory()
-        self._kv_bytes, self._prefill_s = 0, 0.0
+        self._kv_bytes, self._peak_bytes, self._prefill_s = 0, 0, 0.0
         self._token_s: list[float] = []
-        self._sparse_layers = 0.0
+        self._sparse_layers: list[int] = []
         self._routes: list[str] = []
         self._start = time.perf_counter()
 
@@ -84,27 +84,24 @@ class _Meter:
     def token(self) -> None:
         """Every row has one more token."""
         self._token_s.append(time.perf_counter() - self._start)
+        self._peak_bytes = mx.get_peak_memory()
 
-    def note_routes(self, caches: list[list[Any]]) -> None:
-        """Remember the routes of every row's cache; reading them may wait for the device."""
-        taken = [routes(cache) for cache in caches]
-        self._sparse_layers = statistics.fmean(sum(route == Route.SPARSE for route in row) for row in taken)
-        self._routes = [describe_routes(cache) for cache in caches]
+    def note_routes(self, cache: list[Any]) -> None:
+        """Remember the routes of one more row; reading them may wait for the device."""
+        self._sparse_layers.append(sum(route == Route.SPARSE for route in routes(cache)))
+        self._routes.append(describe_routes(cache))
 
-    def result(self, caches: list[list[Any]] | None = None) -> Run:
-        """The run's figures, with the routes that `caches` hold, if given."""
-        peak_bytes = mx.get_peak_memory()
-        if caches:
-            self.note_routes(caches)
+    def result(self) -> Run:
+        """The run's figures."""
         steps = [after - before for before, after in itertools.pairwise(self._token_s)]
         return Run(
             prefill_s=self._prefill_s,
             first_token_s=self._token_s[0],
             token_s=statistics.median(steps),
             mean_token_s=statistics.fmean(steps),
-            peak_bytes=peak_bytes,
+            peak_bytes=self._peak_bytes,
             kv_bytes=self._kv_bytes,
-            sparse_layers=self._sparse_layers,
+            sparse_layers=statistics.fmean(self._sparse_layers or [0]),
             routes=self._routes,
         )
 
@@ -146,15 +143,18 @@ def run_flux(model: nn.Module, work: Work) -> Run:
         meter.prefilled()
         for _ in generate_step(last, model, max_tokens=work.generation_tokens, prompt_cache=cache):
             meter.token()
-    return meter.result([cache])
+    meter.note_routes(cache)
+    return meter.result()
 
 
 def _run_flux_batch(model: nn.Module, work: Work) -> Run:
     meter = _Meter()
+    caches = []
     with wired_limit(model, [generation_stream]):
-        caches = [_prefill_row(model, work, row)[1] for row in range(len(work.prompts))]
+        for row in range(len(work.prompts)):
+            caches.append(_prefill_row(model, work, row)[1])
+            meter.note_routes(caches[-1])
         meter.prefilled()
-        meter.note_routes(caches)
         _decode_batch(_batch_generator(model, work), [row[-1:] for row in work.prompts], caches, meter)
     return meter.result()
 

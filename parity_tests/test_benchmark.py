@@ -148,6 +148,17 @@ def test_both_sides_generate_and_a_cut_run_leaves_what_it_had(tmp_path, monkeypa
     assert [row["prompt_tokens"] for row in record["rows"]] == [64]
 
 
+def test_memory_that_runs_out_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    def fail(bench, tokens):
+        raise RuntimeError("[malloc] Unable to allocate")
+
+    monkeypatch.setattr(benchmark, "compare", fail)
+    with pytest.raises(SystemExit) as stopped:
+        run("--lengths", "64", "--json", str(tmp_path / "record.json"))
+    assert stopped.value.code == 1
+    assert "stopped: [malloc] Unable to allocate\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_runs_measure_what_they_are_named_for(rows):
     flux = flux_model("qwen3")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -94,6 +95,18 @@ def test_the_driver_lists_its_stages():
     refused = subprocess.run(["sh", str(DRIVER), str(ROOT), "none"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert "no stage none" in refused.stderr
+
+
+@pytest.mark.parametrize(("python", "code"), [("echo", 0), ("false", 1)])
+def test_the_driver_goes_on_after_a_failure_and_tells_of_it(tmp_path, python, code):
+    environment = os.environ | {"PYTHON": python, "MLX_PTX_CACHE_DIR": str(tmp_path / "ptx")}
+    command = ["sh", str(DRIVER), str(tmp_path), "layer", "short"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == code
+    assert ("failed: layer short" in done.stderr) == bool(code)
+    log = (tmp_path / "mlx_cuda.log").read_text()
+    assert log.count(" took ") == 2
+    assert ("-m benchmarks.mlx_sparse_layer --lengths 32K 128K" in log) != bool(code)
 
 
 @pytest.mark.parametrize("stage", stage_commands())
