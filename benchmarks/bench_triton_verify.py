@@ -10,6 +10,8 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -20,6 +22,9 @@ from cuda_reference.pattern import block_table, visible
 from flux_mlx.spec import PatternConfig
 
 Mask = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Sizes = tuple[int, int, int]  # query tokens, keys, head dim
+DEVICE = "cuda"
+LONG_TOKENS = 8192  # of a call that is not repeated
 LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}  # of the relative error of out
 
 
@@ -39,9 +44,9 @@ class Case:
     def tensors(self) -> list[torch.Tensor]:
         """Fresh q, k, v of a fixed seed, the keys in a larger buffer whose end is NaN."""
         torch.manual_seed(self.q_tokens + self.kv_tokens)
-        q = torch.randn(2, self.heads[0], self.q_tokens, self.head_dim, device="cuda", dtype=self.dtype)
+        q = torch.randn(2, self.heads[0], self.q_tokens, self.head_dim, device=DEVICE, dtype=self.dtype)
         room = (2, self.heads[1], self.kv_tokens + 200, self.head_dim)
-        kv = [torch.full(room, torch.nan, device="cuda", dtype=self.dtype) for _ in "kv"]
+        kv = [torch.full(room, torch.nan, device=DEVICE, dtype=self.dtype) for _ in "kv"]
         return [q, *(x[:, :, : self.kv_tokens].normal_() for x in kv)]
 
 
@@ -76,9 +81,9 @@ def sparse_case(
 def block_case(name: str, q_tokens: int, kv_tokens: int, head_dim: int, block: int, *, fast: bool) -> Case:
     """Random kept blocks; `fast` allows Hopper's kernel."""
     first, n = (kv_tokens - q_tokens) // block, -(-kv_tokens // block)
-    generator = torch.Generator(device="cuda").manual_seed(n)
-    kept = torch.rand(2, 8, n - first, n, device="cuda", generator=generator) < 0.3
-    kept |= torch.arange(n, device="cuda") == torch.arange(first, n, device="cuda")[:, None]
+    generator = torch.Generator(device=DEVICE).manual_seed(n)
+    kept = torch.rand(2, 8, n - first, n, device=DEVICE, generator=generator) < 0.3
+    kept |= torch.arange(n, device=DEVICE) == torch.arange(first, n, device=DEVICE)[:, None]
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if fast:
@@ -154,9 +159,9 @@ def sampled_error(case: Case) -> tuple[float, float]:
     out, lse = case.run(q, k, v)
     if out.isnan().any() or lse.isnan().any():
         return float("nan"), float("nan")
-    picked = torch.linspace(0, case.q_tokens - 1, min(16, case.q_tokens), device="cuda").long()
+    picked = torch.linspace(0, case.q_tokens - 1, min(16, case.q_tokens), device=DEVICE).long()
     mask = case.mask(
-        (picked + case.kv_tokens - case.q_tokens)[:, None], torch.arange(case.kv_tokens, device="cuda")[None]
+        (picked + case.kv_tokens - case.q_tokens)[:, None], torch.arange(case.kv_tokens, device=DEVICE)[None]
     )
     expected, expected_lse = eager.masked_rows(
         q[:, :, picked].double(), k.double(), v.double(), mask, case.head_dim**-0.5
@@ -165,43 +170,74 @@ def sampled_error(case: Case) -> tuple[float, float]:
     return error.item(), (lse[:, :, picked] - expected_lse).abs().max().item()
 
 
-def gradient_error(q_tokens: int, kv_tokens: int, head_dim: int, pattern: PatternConfig | None) -> list[float]:
-    """Relative errors of dq, dk, dv against eager's, which computes in float32 on the same bfloat16 inputs."""
-    tensors = Case("", q_tokens, kv_tokens, head_dim, full_attention, causal).tensors()
+def gradients(sizes: Sizes, pattern: PatternConfig | None, impl: str) -> tuple[torch.Tensor, ...]:
+    """(dq, dk, dv) of fixed inputs; eager computes in float32 on the same bfloat16 values."""
+    tensors = Case("", *sizes, full_attention, causal).tensors()
     dout = torch.randn_like(tensors[0])
-    grads = {}
-    for impl in ("triton", "eager"):
-        inputs = [x.to(torch.bfloat16 if impl == "triton" else torch.float32).requires_grad_() for x in tensors]
-        out = full_attention(*inputs, impl=impl) if pattern is None else sparse_attention(*inputs, pattern, impl=impl)
-        grads[impl] = torch.autograd.grad(out, inputs, dout.to(out.dtype))
-    pairs = zip(grads["triton"], grads["eager"], strict=True)
+    inputs = [x.to(torch.bfloat16 if impl == "triton" else torch.float32).requires_grad_() for x in tensors]
+    out = full_attention(*inputs, impl=impl) if pattern is None else sparse_attention(*inputs, pattern, impl=impl)
+    return torch.autograd.grad(out, inputs, dout.to(out.dtype))
+
+
+def gradient_errors(sizes: Sizes, pattern: PatternConfig | None) -> list[float]:
+    """Relative errors of dq, dk, dv against eager's."""
+    pairs = zip(gradients(sizes, pattern, "triton"), gradients(sizes, pattern, "eager"), strict=True)
     return [((a.float() - b).norm() / b.norm()).item() for a, b in pairs]
 
 
-def repeats_equal(case: Case, repeats: int) -> bool:
-    """Whether `repeats` runs give the same bits."""
-    q, k, v = case.tensors()
-    first = case.run(q, k, v)
-    differ = torch.zeros((), dtype=torch.bool, device="cuda")
+def equal_repeats(run: Callable[[], tuple[torch.Tensor, ...]], repeats: int) -> int:
+    """`repeats` if so many more runs give the bits of the first, else 0."""
+    first = run()
+    differ = torch.zeros((), dtype=torch.bool, device=DEVICE)
     for _ in range(repeats):
-        for a, b in zip(first, case.run(q, k, v), strict=True):
+        for a, b in zip(first, run(), strict=True):
             differ |= (a.view(torch.uint8) != b.view(torch.uint8)).any()
-    return not differ.item()
+    return 0 if differ.item() else repeats
 
 
-def selection_error(q_tokens: int, kv_tokens: int, head_dim: int) -> dict[str, object]:
-    """Largest error of the block mass, and the share of blocks chosen otherwise than by Torch operations in float32."""
-    pattern = PatternConfig(name="xattention")
-    q, k, _v = Case("", q_tokens, kv_tokens, head_dim, full_attention, causal).tensors()
-    sizes = (pattern.block_size, pattern.stride)
-    mass, expected = triton_xattention.block_mass(q, k, *sizes), xattention.block_mass(q.float(), k.float(), *sizes)
-    chosen, as_expected = (
-        triton_xattention.select_blocks(q, k, pattern),
-        xattention.select_blocks(q.float(), k.float(), pattern),
-    )
+def selection(sizes: Sizes, pattern: PatternConfig, module: ModuleType) -> tuple[torch.Tensor, torch.Tensor]:
+    """(block mass, kept blocks) of fixed inputs; by Torch operations in float32 if `module` is `xattention`."""
+    q, k, _v = Case("", *sizes, full_attention, causal).tensors()
+    if module is xattention:
+        q, k = q.float(), k.float()
+    return module.block_mass(q, k, pattern.block_size, pattern.stride), module.select_blocks(q, k, pattern)
+
+
+def attention_row(case: Case, repeats: int) -> dict[str, Any]:
+    """Errors of one case, and its repeats if it is short."""
+    error, lse_error = sampled_error(case)
+    row = {"case": case.name, "tokens": [case.q_tokens, case.kv_tokens], "head_dim": case.head_dim}
+    row |= {"out_error": error, "lse_error": lse_error, "ok": error < LIMITS[case.dtype] and lse_error < 2e-3}
+    if case.q_tokens >= LONG_TOKENS:
+        return row
+    tensors = case.tensors()
+    return row | _repeats(row["ok"], lambda: case.run(*tensors), repeats)
+
+
+def gradient_row(sizes: Sizes, pattern: PatternConfig | None, repeats: int) -> dict[str, Any]:
+    """Errors and repeats of a backward pass."""
+    errors = gradient_errors(sizes, pattern)
+    row = {"case": "gradients", "tokens": sizes[:2], "head_dim": sizes[2], "errors": errors}
+    return row | _repeats(max(errors) < 1e-2, lambda: gradients(sizes, pattern, "triton"), repeats)
+
+
+def selection_row(sizes: Sizes, pattern: PatternConfig, repeats: int) -> dict[str, Any]:
+    """Largest error of the block mass, the share of blocks chosen otherwise than by Torch operations, and repeats."""
+    mass, chosen = selection(sizes, pattern, triton_xattention)
+    expected, as_expected = selection(sizes, pattern, xattention)
     error = (mass - expected).abs().max().item()
-    return {"case": "xattention choice", "tokens": [q_tokens, kv_tokens], "head_dim": head_dim, "mass_error": error,
-            "chosen_otherwise": (chosen != as_expected).float().mean().item(), "ok": error < 1e-3}  # fmt: skip
+    row = {"case": "xattention choice", "tokens": sizes[:2], "head_dim": sizes[2], "top_k": pattern.top_k_blocks}
+    row |= {"mass_error": error, "chosen_otherwise": (chosen != as_expected).float().mean().item()}
+    repeats = 0 if sizes[0] >= LONG_TOKENS else repeats
+    return row | _repeats(error < 1e-3, lambda: selection(sizes, pattern, triton_xattention), repeats)
+
+
+def _repeats(is_right: bool, run: Callable[[], tuple[torch.Tensor, ...]], repeats: int) -> dict[str, Any]:
+    """The end of a row: repeats that were equal, if any were asked for, and whether all is well."""
+    if not repeats:
+        return {"ok": is_right}
+    equal = equal_repeats(run, repeats)
+    return {"equal_repeats": equal, "ok": is_right and equal == repeats}
 
 
 def main() -> None:
@@ -211,28 +247,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
-    rows = []
-    for case in cases(options.small):
-        error, lse_error = sampled_error(case)
-        row = {"case": case.name, "tokens": [case.q_tokens, case.kv_tokens], "head_dim": case.head_dim}
-        row |= {"out_error": error, "lse_error": lse_error, "ok": error < LIMITS[case.dtype] and lse_error < 2e-3}
-        if not options.small and case.q_tokens < 8192:
-            row["equal_repeats"] = options.repeats if repeats_equal(case, options.repeats) else 0
-            row["ok"] = row["ok"] and row["equal_repeats"] == options.repeats
-        rows.append(row)
+    repeats = 0 if options.small else options.repeats
+    rows = [attention_row(case, repeats) for case in cases(options.small)]
     near = PatternConfig(sink_tokens=128, window_tokens=256)
-    for sizes, pattern in [
-        ((400, 400, 128), None),
-        ((300, 455, 64), near),
-        ((300, 455, 256), near),
-        ((300, 455, 96), near),
-    ]:
-        errors = gradient_error(*sizes, pattern)
-        rows.append(
-            {"case": "gradients", "tokens": sizes[:2], "head_dim": sizes[2], "errors": errors, "ok": max(errors) < 1e-2}
-        )
-    for sizes in [(500, 900, 128), (700, 700, 64)] + ([] if options.small else [(8192, 16384, 128)]):
-        rows.append(selection_error(*sizes))
+    backward = [((400, 400, 128), None), ((300, 455, 64), near), ((300, 455, 256), near), ((300, 455, 96), near)]
+    rows += [gradient_row(sizes, pattern, repeats) for sizes, pattern in backward]
+    chosen = [((500, 900, 128), None), ((700, 700, 64), None), ((500, 900, 80), 3)]
+    chosen += [] if options.small else [((8192, 16384, 128), None)]
+    for sizes, top_k in chosen:
+        rows.append(selection_row(sizes, PatternConfig(name="xattention", top_k_blocks=top_k), repeats))
     write(options.out / "bench_triton_verify.json", rows, repeats=options.repeats)
     raise SystemExit(0 if all(row["ok"] for row in rows) else 1)
 
