@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step
+from mlx_lm.generate import BatchGenerator, batch_generate, generate_step, speculative_generate_step
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import quantize_model
 
 from flux_mlx import routes
 from flux_mlx.cache import CacheList
-from flux_mlx.models import Model, ModelArgs, apply, routed_layers, set_route
+from flux_mlx.models import Model, ModelArgs, RowGroup, apply, routed_layers, row_groups, set_route
 from flux_mlx.spec import FluxConfig, Route
-from parity_tests.tiny_models import PATTERN, ROUTER, flux_model, prompt, randomise, stock_model, tiny_config
+from parity_tests.tiny_models import (
+    PATTERN,
+    ROUTER,
+    flux_model,
+    prompt,
+    randomise,
+    randomise_routers,
+    stock_model,
+    tiny_config,
+)
 
 STOCK = stock_model()
 MODEL = flux_model()
@@ -86,6 +98,28 @@ def test_quantised_keys_from_the_first_chunk(route, bits):
         assert np.abs(found[1][0] - exact[0]).max() < {4: 1.5, 8: 0.1}[bits]
 
 
+@pytest.mark.parametrize("route", ["full", "sparse", "auto"])
+@pytest.mark.parametrize("kv_bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_weights_with_quantised_keys(bits, kv_bits, route):
+    stock = quantize_model(stock_model(), {}, 32, bits)[0]
+    flux = FluxConfig(pattern=PATTERN, router=ROUTER, route=route)
+    model = apply(quantize_model(stock_model(), {}, 32, bits)[0], flux)
+    randomise_routers(model)
+    cache = model.make_cache()
+    settings = {"kv_bits": kv_bits, "kv_group_size": 32, "quantized_kv_start": 0, "prefill_step_size": 32}
+    found = generated(model, prompt(90), prompt_cache=cache, **settings)
+    assert all(type(entry.kv).__name__ == "QuantizedKVCache" for entry in cache)
+    if route == "full":
+        expected = generated(stock, prompt(90), **settings)
+        assert found[0] == expected[0]
+        assert np.array_equal(found[1], expected[1])
+    else:
+        assert Route.SPARSE in routes(cache)
+        exact = generated(model, prompt(90), prefill_step_size=32)[1]
+        assert np.abs(found[1][0] - exact[0]).max() < {4: 1.5, 8: 0.1}[kv_bits]
+
+
 @pytest.mark.parametrize("drafted", [1, 4, 14])
 @pytest.mark.parametrize("route", ["full", (1, 3), "auto"])
 def test_speculative_is_greedy_as_target_and_as_draft(drafted, route):
@@ -119,6 +153,20 @@ def batch_tokens(model, rows: list[list[int]], late: list[list[int]] = (), n: in
 LENGTHS = (61, 7, 33, 90)
 
 
+@pytest.mark.parametrize("route", ["full", (1, 3)])
+def test_batch_generate_and_its_prompt_caches(route):
+    set_route(MODEL, route)
+    tokenizer = SimpleNamespace(eos_token_ids=set(), decode=lambda tokens: "", chat_template=None)
+    settings = {"max_tokens": 8, "return_prompt_caches": True, "return_token_ids": True}
+    rows, more = [prompt(n, seed) for seed, n in enumerate(LENGTHS)], [prompt(20 + n, 30 + n) for n in range(4)]
+    first = batch_generate(MODEL, tokenizer, rows, **settings)
+    second = batch_generate(MODEL, tokenizer, more, prompt_caches=first.caches, **settings)
+    for row, question, *found in zip(rows, more, first.token_ids, second.token_ids, strict=True):
+        cache = MODEL.make_cache()
+        assert generated(MODEL, row, 8, prompt_cache=cache)[0] == found[0]
+        assert generated(MODEL, question, 8, prompt_cache=cache)[0] == found[1]
+
+
 @pytest.mark.parametrize("route", ["full", "sparse", (1, 3)])
 @pytest.mark.parametrize("step", [16, 2048])
 def test_a_batch_is_its_rows_one_by_one(route, step):
@@ -149,6 +197,13 @@ def test_rows_of_a_batch_take_their_own_routes():
             caches[response.uid] = response.prompt_cache or caches.get(response.uid)
     assert [routes(caches[uid]) for uid in uids] == taken
     assert list(out.values()) == single
+
+
+def test_rows_that_take_one_route_are_computed_together():
+    groups = list(row_groups([True, True, False, False, True], [0, 0, 5, 2, 0]))
+    assert groups == [RowGroup(slice(0, 2), True, 0), RowGroup(slice(2, 4), False, 0), RowGroup(slice(4, 5), True, 0)]
+    padded = list(row_groups([True, True, True], [3, 3, 4]))  # sparse rows go without their padding
+    assert padded == [RowGroup(slice(0, 2), True, 3), RowGroup(slice(2, 3), True, 4)]
 
 
 def test_a_batch_call_computes_every_row_by_its_route():

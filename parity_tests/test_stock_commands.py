@@ -1,13 +1,17 @@
-"""mlx-lm's own commands, as processes, on Flux model directories."""
+"""mlx-lm's own commands on Flux model directories: their main functions, and some of them as processes."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import mlx.core as mx
 import pytest
@@ -28,20 +32,28 @@ def directory(tmp_path_factory) -> Path:
     return flux_directory(tmp_path_factory.mktemp("commands") / "flux")
 
 
-def run(*command: str, route: str | None = None, text: str | None = None, code: int = 0) -> str:
+def run_process(*command: object, route: str | None = None, code: int = 0) -> str:
     """Output and errors of `python -m mlx_lm ...`."""
     env = {**os.environ, "FLUX_MLX_SHOW_ROUTES": "1"} | ({} if route is None else {"FLUX_MLX_ROUTE": route})
-    done = subprocess.run(
-        [sys.executable, "-m", "mlx_lm", *map(str, command)],
-        env=env,
-        input=text,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    words = [sys.executable, "-m", "mlx_lm", *map(str, command)]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def run(command: str, *flags: object, route: str | None = None, text: str = "") -> str:
+    """Output and errors of the same, run in this process: what a command imports takes seconds."""
+    env = {"FLUX_MLX_SHOW_ROUTES": "1"} | ({} if route is None else {"FLUX_MLX_ROUTE": route})
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.dict(os.environ, env),
+        mock.patch.object(sys, "argv", [f"mlx_lm.{command}", *map(str, flags)]),
+        mock.patch.object(sys, "stdin", io.StringIO(text)),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        importlib.import_module(f"mlx_lm.{command}").main()
+    return out.getvalue() + err.getvalue()
 
 
 def answer(output: str) -> str:
@@ -57,14 +69,14 @@ GENERATE = ("--prompt", TEXT, "--max-tokens", "12", "--prefill-step-size", "32")
 
 
 def test_generate_with_full_routes_is_stock(directory):
-    ours = run("generate", "--model", directory, TRUST, *GENERATE, route="full")
-    stock = run("generate", "--model", f"{directory}-stock", *GENERATE)
+    ours = run_process("generate", "--model", directory, TRUST, *GENERATE, route="full")
+    stock = run_process("generate", "--model", f"{directory}-stock", *GENERATE)
     assert answer(ours) == answer(stock)
     assert routes_shown(ours) == ["0 of 4 routed layers sparse; full: 0,1,2,3; sparse: none"]
 
 
 def test_generate_says_what_flag_is_missing(directory):
-    assert "Pass trust_remote_code=True" in run("generate", "--model", directory, *GENERATE, code=1)
+    assert "Pass trust_remote_code=True" in run_process("generate", "--model", directory, *GENERATE, code=1)
 
 
 def test_generate_with_quantised_keys(directory):
@@ -98,6 +110,16 @@ def test_chat_reroutes_its_turns(directory):
     output = run("chat", "--model", directory, TRUST, "--max-tokens", "4", text=f"{TEXT}\n{TEXT[:40]}\nq\n")
     assert len(routes_shown(output)) >= 1
     assert output.count("\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}") == 3
+
+
+def test_chat_with_full_routes_is_stock(directory):
+    said, flags = f"{TEXT}\nAnd then?\nq\n", ("--max-tokens", "6")
+    ours = run("chat", "--model", directory, TRUST, *flags, text=said, route="full")
+    stock = run("chat", "--model", f"{directory}-stock", *flags, text=said)
+    prompt_sign = "\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}"
+    ours, stock = (re.sub(r"^flux: .*\n|^.* tok/s .*\n", "", text, flags=re.MULTILINE) for text in (ours, stock))
+    assert ours.count(prompt_sign) == 3
+    assert ours.split(prompt_sign)[1:] == stock.split(prompt_sign)[1:]
 
 
 def test_server(directory, tmp_path, monkeypatch):
@@ -135,7 +157,7 @@ def test_lora_and_fuse_leave_routers_alone(directory, tmp_path):
     for split in ("train", "valid"):
         (data / f"{split}.jsonl").write_text("".join(json.dumps({"text": TEXT * 2 + str(i)}) + "\n" for i in range(4)))
     adapters, fused = tmp_path / "adapters", tmp_path / "fused"
-    run(
+    run_process(
         *("lora", "--model", directory, TRUST, "--train", "--data", data),
         *("--iters", "2", "--batch-size", "2", "--num-layers", "4", "--adapter-path", adapters),
         *("--learning-rate", "1e-2", "--val-batches", "1", "--steps-per-report", "1"),
@@ -144,7 +166,7 @@ def test_lora_and_fuse_leave_routers_alone(directory, tmp_path):
     assert all(mx.any(value != 0) for name, value in trained.items() if name.endswith("lora_b"))
     assert not [name for name in trained if "router" in name]
     before = dict(tree_flatten(load(directory)[0].parameters()))
-    run("fuse", "--model", directory, TRUST, "--adapter-path", adapters, "--save-path", fused)
+    run_process("fuse", "--model", directory, TRUST, "--adapter-path", adapters, "--save-path", fused)
     after = dict(tree_flatten(load(fused)[0].parameters()))
     assert after.keys() == before.keys()
     changed = {name for name, value in after.items() if not mx.array_equal(value, before[name])}

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import importlib
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm import perplexity
 from mlx_lm.perplexity import eval_ppl
-from mlx_lm.quant import awq, gptq
+from mlx_lm.quant import awq, dynamic_quant, gptq
 
+from flux_mlx import load, routes
 from flux_mlx.models import set_route
+from flux_mlx.spec import Route
+from parity_tests.tiny_directories import flux_directory
 from parity_tests.tiny_models import flux_model, prompt, stock_model
 
 STOCK = stock_model()
@@ -113,3 +118,65 @@ def test_calibrated_quantisation_leaves_routers_alone(route):
         if route == "full":
             x = mx.array([prompt(61)])
             assert np.array_equal(model(x), stock(x)), method
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    """A Flux model directory; its stock one lies beside it, with the ending -stock."""
+    return flux_directory(tmp_path_factory.mktemp("tools") / "flux")
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Runs the main function of a stock command, with calibration text where mlx-lm keeps the one that it downloads."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    text = tmp_path / ".cache" / "mlx-lm" / "calibration_v5.txt"
+    text.parent.mkdir(parents=True)
+    text.write_text("The quick brown fox jumps over the lazy dog, again and again. " * 20)
+
+    def run(module: ModuleType, *words: object) -> None:
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+        module.main()
+
+    return run
+
+
+CALIBRATED = {
+    awq: ("--group-size", "32", "--n-grid", "2", "--num-samples", "2", "--sequence-length", "64"),
+    gptq: ("--group-size", "32", "--fallback-group-size", "32", "--num-samples", "2", "--sequence-length", "64"),
+    dynamic_quant: ("--low-group-size", "32", "--high-group-size", "32"),
+}
+
+
+@pytest.mark.parametrize("tool", CALIBRATED, ids=lambda tool: tool.__name__.rpartition(".")[2])
+def test_calibrating_commands_write_models_that_load_and_route(directory, tmp_path, command, tool):
+    out = tmp_path / "quantised"
+    command(tool, "--model", directory, "--trust-remote-code", "--mlx-path", out, *CALIBRATED[tool])
+    before, model = dict(tree_flatten(load(directory)[0].parameters())), load(out)[0]
+    after = dict(tree_flatten(model.parameters()))
+    assert model.layers[0].self_attn.q_proj.bits in (4, 5)
+    routers = {name for name in after if ".router." in name}
+    assert routers == {name for name in before if ".router." in name}
+    assert all(mx.array_equal(after[name], before[name]) for name in routers)
+    cache = model.make_cache()
+    model(mx.array([prompt(60)]), cache=cache)
+    assert Route.UNSET not in routes(cache)
+
+
+def test_awq_refuses_other_families_before_it_writes(tmp_path, command):
+    model = flux_directory(tmp_path / "olmo2", "olmo2")
+    with pytest.raises(NotImplementedError, match="AWQ support for olmo2 models NYI"):
+        command(awq, "--model", model, "--trust-remote-code", "--mlx-path", tmp_path / "out", *CALIBRATED[awq])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_perplexity_command_with_full_routes_is_stock(directory, command, monkeypatch, capsys):
+    monkeypatch.setenv("FLUX_MLX_ROUTE", "full")
+    data = mx.array([prompt(64, seed) for seed in range(8)])
+    monkeypatch.setattr(perplexity, "load_data", lambda *args, **kwargs: data)  # else from a hub of data sets
+    found = []
+    for model in (directory, directory.with_name(f"{directory.name}-stock")):
+        command(perplexity, "--model", model, "--trust-remote-code", "--batch-size", "4")
+        found.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Perplexity: ")))
+    assert found[0] == found[1]
