@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from flux_mlx import attention, kernel_policy, kernels, spec
+from flux_mlx import attention, cuda_catalog, cuda_kernels, kernel_policy, kernels, spec
 from flux_mlx.kernel_policy import Variant
 from flux_mlx.spec import PatternConfig
 from metal_kernels import catalog
@@ -44,17 +44,37 @@ def versions() -> dict[str, str]:
     return found
 
 
+def backend() -> str:
+    """Which of our kernels could run here: "metal", "cuda" or "" for none."""
+    return "metal" if kernels.is_available() else "cuda" if cuda_kernels.is_available() else ""
+
+
 def device() -> dict[str, Any]:
-    """MLX's device, and whether Metal is there."""
+    """MLX's device, and which of our kernels could run on it."""
     info = {key: value for key, value in kernel_policy.gpu_info().items() if isinstance(value, (str, int))}
-    return {"metal": kernels.is_available(), "default": str(mx.default_device()), **info}
+    return {"kernels": backend() or "none", "default": str(mx.default_device()), **info}
 
 
 def all_variants() -> list[Variant]:
-    """Every kernel variant that the policy can choose."""
+    """Every kernel variant that the policy can choose on this backend (Metal's where there is none)."""
+    if backend() == "cuda":
+        return _cuda_variants()
     sizes = [(dtype, head_dim) for dtype in catalog.DTYPES for head_dim in catalog.HEAD_DIMS]
     variants = [Variant(operation, *size) for operation in ("prefill", "blocks") for size in sizes]
     return variants + [Variant("decode", *size, rows) for size in sizes for rows in (1, 2, 4)]
+
+
+def _cuda_variants() -> list[Variant]:
+    """The block sizes that prefill is compiled for here, and decode of the default pattern with up to 8 rows."""
+    blocks = {kernel.block_size or 128 for kernel in cuda_catalog.compiled_kernels()}
+    variants = []
+    for dtype in cuda_catalog.DTYPES:
+        for head_dim in cuda_catalog.HEAD_DIMS:
+            q, k = (mx.zeros((1, heads, 64, head_dim), getattr(mx, dtype)) for heads in (8, 1))
+            calls = [(q, PatternConfig(block_size=block)) for block in sorted(blocks)]
+            calls += [(q[:, :rows, :1], PATTERN) for rows in (1, 2, 4, 8)]
+            variants += [kernel_policy.cuda_variant_of(x, k, k, pattern, None) for x, pattern in calls]
+    return [variant for variant in variants if variant is not None]
 
 
 def operations_tolerance() -> float:
@@ -98,7 +118,7 @@ def _note(text: str) -> None:
 
 
 def _tensors(q_tokens: int, kv_tokens: int) -> list[mx.array]:
-    shape, dtype = (SHAPE, mx.float16) if kernels.is_available() else (CPU_SHAPE, mx.float32)
+    shape, dtype = (SHAPE, mx.float16) if backend() else (CPU_SHAPE, mx.float32)
     heads = (shape["q_heads"], q_tokens), (shape["kv_heads"], kv_tokens), (shape["kv_heads"], kv_tokens)
     arrays = [mx.random.normal((1, h, n, shape["head_dim"])).astype(dtype) for h, n in heads]
     mx.eval(arrays)
@@ -108,21 +128,24 @@ def _tensors(q_tokens: int, kv_tokens: int) -> list[mx.array]:
 def _benchmark_row(operation: str, kv_tokens: int) -> dict[str, Any]:
     _note(f"timing {operation} over {kv_tokens} keys")
     q, k, v = _tensors(kv_tokens if operation == "prefill" else 1, kv_tokens)
-    variant = kernel_policy.variant_of(q, k, v, PATTERN, None)
-    usable = kernels.is_available() and variant is not None and not kernel_policy.verdict(variant)
+    name = backend()
+    variant_of = kernel_policy.cuda_variant_of if name == "cuda" else kernel_policy.variant_of
+    variant = variant_of(q, k, v, PATTERN, None) if name else None
+    usable = variant is not None and not kernel_policy.verdict(variant)
+    attend = (cuda_kernels if name == "cuda" else kernels).sparse_attention
     return {
         "operation": operation,
         "kv_tokens": kv_tokens,
-        "default": "metal" if kernel_policy.use_metal(q, k, v, PATTERN) else "ops",
+        "default": kernel_policy.choose(q, k, v, PATTERN),
         "full_ms": _milliseconds(lambda: attention.full_attention(q, k, v, impl="ops")),
         "ops_ms": _milliseconds(lambda: attention.sparse_attention(q, k, v, PATTERN, impl="ops")),
-        "metal_ms": _milliseconds(lambda: kernels.sparse_attention(q, k, v, PATTERN)[0]) if usable else None,
+        "kernel_ms": _milliseconds(lambda: attend(q, k, v, PATTERN)[0]) if usable else None,
     }
 
 
 def benchmark(lengths_tokens: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Milliseconds of one attention call: full, sparse by operations, sparse by Metal (None without it); and which of
-    the two a sparse call without `impl` takes.
+    """Milliseconds of one attention call: full, sparse by operations, sparse by our kernel (None without one); and what
+    a sparse call without `impl` takes.
     """
     return [_benchmark_row(operation, n) for operation in ("prefill", "decode") for n in lengths_tokens]
 
@@ -133,7 +156,7 @@ def choose(rows: list[dict[str, Any]]) -> dict[str, int | None]:
     for operation in ("prefill", "decode"):
         shortest = None
         for row in sorted((r for r in rows if r["operation"] == operation), key=lambda r: -r["kv_tokens"]):
-            if row["metal_ms"] is None or row["metal_ms"] >= (1 - MARGIN) * row["ops_ms"]:
+            if row["kernel_ms"] is None or row["kernel_ms"] >= (1 - MARGIN) * row["ops_ms"]:
                 break
             shortest = row["kv_tokens"]
         choice[operation] = shortest
@@ -142,7 +165,7 @@ def choose(rows: list[dict[str, Any]]) -> dict[str, int | None]:
 
 def examine(lengths_tokens: tuple[int, ...]) -> dict[str, Any]:
     """The whole report as JSON values."""
-    if kernels.is_available():
+    if backend():
         _note(f"compiling and checking {len(all_variants())} kernel variants")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
@@ -164,17 +187,17 @@ def as_text(report: dict[str, Any]) -> str:
     lines += ["", *(f"{name:34} {value}" for name, value in report["device"].items()), ""]
     lines += [f"operations, {row['check']:11} error {row['error']:.2g}" for row in report["operations"]]
     variants = report["kernels"]["variants"]
-    if not report["device"]["metal"]:
-        lines.append("kernels: Metal not available, so none was run")
+    if report["device"]["kernels"] == "none":
+        lines.append("kernels: neither Metal nor CUDA is available, so none was run")
     else:
         broken = [v for v in variants if v["problem"]]
         lines.append(f"kernels: {len(variants) - len(broken)} of {len(variants)} variants agree with the specification")
         lines += [f"  {v['operation']} {v['dtype']} D {v['head_dim']}: {v['problem']}" for v in broken]
     lines += [f"calls, {name}: {n}" for name, n in report["kernels"]["calls"].items()]
     lines += [f"calibration: {report['kernels']['calibration'] or 'none'}", ""]
-    lines.append("ms a call     keys     full      ops    metal  default")
+    lines.append("ms a call     keys     full      ops   kernel  default")
     for row in report["benchmark"]:
-        cells = (row[key] for key in ("full_ms", "ops_ms", "metal_ms"))
+        cells = (row[key] for key in ("full_ms", "ops_ms", "kernel_ms"))
         shown = " ".join("       -" if ms is None else f"{ms:8.3f}" for ms in cells)
         lines.append(f"{row['operation']:9} {row['kv_tokens']:8} {shown}  {row['default']}")
     return "\n".join(lines)
@@ -189,9 +212,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.lengths and min(options.lengths) < 1:
         parser.error(f"--lengths: expected 1 or more, got {min(options.lengths)}.")
-    if options.calibrate and not kernels.is_available():
-        parser.error("--calibrate needs a Metal device, and this machine has none.")
-    lengths = tuple(options.lengths or (LENGTHS_TOKENS if kernels.is_available() else CPU_LENGTHS_TOKENS))
+    if options.calibrate and not backend():
+        parser.error("--calibrate needs a Metal or CUDA device, and MLX has none here.")
+    lengths = tuple(options.lengths or (LENGTHS_TOKENS if backend() else CPU_LENGTHS_TOKENS))
     report = examine(lengths)
     if options.calibrate:
         path = kernel_policy.write_calibration(choose(report["benchmark"]))

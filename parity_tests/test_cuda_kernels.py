@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from benchmarks import mlx_cuda_attention
-from flux_mlx import attention, cuda_catalog, cuda_kernels, kernel_policy, kernel_self_test, spec
+from flux_mlx import attention, cuda_catalog, cuda_kernels, doctor, kernel_policy, kernel_self_test, spec
 from flux_mlx.cuda_catalog import Device
 from flux_mlx.kernel_self_test import Variant
 from flux_mlx.spec import PatternConfig, Route
@@ -264,6 +264,14 @@ def test_a_failed_load_means_operations(device, monkeypatch):
     assert kernel_policy.choose(q, k, k, PREFILL_PATTERN) == "ops"
     assert device.calls == {"ops: self-test failed": 2}
     assert "ZeroDivisionError" in kernel_policy.report()["variants"][0]["problem"]
+
+
+def test_doctor_knows_the_variants_of_this_gpu(device, monkeypatch):
+    on_ampere = doctor.all_variants()
+    assert {variant.backend for variant in on_ampere} == {"cuda"}
+    assert len(on_ampere) == len(set(on_ampere)) == 2 * 2 * (2 + 4)
+    monkeypatch.setattr(cuda_kernels, "device", lambda: Device(7, 5, 40, 1 << 20))
+    assert doctor.all_variants() == []
 
 
 def test_the_benchmark_compares_rightly(monkeypatch):

@@ -202,14 +202,14 @@ def test_generation_of_a_gpu(monkeypatch, name, generation):
 
 def test_choice_from_a_benchmark():
     rows = [
-        {"operation": operation, "kv_tokens": n, "ops_ms": 2.0, "metal_ms": ms}
+        {"operation": operation, "kv_tokens": n, "ops_ms": 2.0, "kernel_ms": ms}
         for operation, times in (("prefill", (3.0, 1.0, 1.0)), ("decode", (1.0, 1.0, 2.5)))
         for n, ms in zip((100, 200, 400), times, strict=True)
     ]
-    close = [{"operation": "prefill", "kv_tokens": 100, "ops_ms": 2.0, "metal_ms": ms} for ms in (1.91, 1.89)]
+    close = [{"operation": "prefill", "kv_tokens": 100, "ops_ms": 2.0, "kernel_ms": ms} for ms in (1.91, 1.89)]
     assert [doctor.choose([row])["prefill"] for row in close] == [None, 100]
     assert doctor.choose(rows) == {"prefill": 200, "decode": None}
-    assert doctor.choose([row | {"metal_ms": None} for row in rows]) == {"prefill": None, "decode": None}
+    assert doctor.choose([row | {"kernel_ms": None} for row in rows]) == {"prefill": None, "decode": None}
 
 
 def test_doctor_reports_as_text_and_json(record, tmp_path, capsys):
@@ -219,7 +219,7 @@ def test_doctor_reports_as_text_and_json(record, tmp_path, capsys):
     assert "timing decode over 64 keys" in progress
     assert "operations, streaming" in shown
     if not kernels.is_available():
-        assert "Metal not available" in shown
+        assert "neither Metal nor CUDA is available" in shown
         assert report["kernels"]["variants"] == []
     assert [row["kv_tokens"] for row in report["benchmark"]] == [64, 64]
     assert all(row["error"] < 1e-4 for row in report["operations"])
@@ -239,7 +239,7 @@ def test_doctor_counts_what_the_policy_chose(device, monkeypatch):
 def test_doctor_lists_broken_kernels():
     report = {
         "versions": {},
-        "device": {"metal": True},
+        "device": {"kernels": "metal"},
         "operations": [],
         "kernels": {"variants": [vars(PREFILL) | {"problem": "wrong"}], "calls": {}, "calibration": {}},
         "benchmark": [],
@@ -267,7 +267,7 @@ def test_calibrating_needs_a_device(capsys):
         pytest.skip("there is a Metal device")
     with pytest.raises(SystemExit):
         doctor.main(["--calibrate"])
-    assert "needs a Metal device" in capsys.readouterr().err
+    assert "needs a Metal or CUDA device" in capsys.readouterr().err
 
 
 def test_the_launcher_builds_every_operation(device, monkeypatch, tmp_path):
