@@ -11,7 +11,7 @@ moved through memory. Decode of one token = weights and keys read once + a fixed
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flux_mlx.spec import PatternConfig, RouterConfig, visible_pairs
@@ -216,6 +216,30 @@ def runs_table() -> str:
     return columns(lines)
 
 
+FRACTIONS = (0.39, 0.7, 0.8, 0.95)
+"""Of the ideal: stock calls over gathered keys, the same without the sink's copy, and two kernels."""
+
+
+def short_prompts(machine: Machine, bits: int, sparse_layers: float = 25) -> tuple[int, float, int]:
+    """Of prefill: length of the least speed-up, that speed-up, length from which on nothing is lost; by 128 tokens."""
+    least, even = (0, 1.0), 0
+    for tokens in range(PATTERN.sink_span + PATTERN.window_span + 1, 20000, 128):
+        stock = prefill_s(QWEN3_8B, machine, bits, tokens)
+        speedup = stock / prefill_s(QWEN3_8B, machine, bits, tokens, sparse_layers)
+        least = min(least, (tokens, speedup), key=lambda pair: pair[1])
+        even = tokens + 128 if speedup < 1 else even
+    return (*least, even)
+
+
+def short_table() -> str:
+    """What short prompts lose if sparse layers compute sparse attention as soon as a key is hidden."""
+    lines: list[tuple[Any, ...]] = [("sparse attention reaches", "least speed-up", "at tokens", "nothing lost from")]
+    for fraction in FRACTIONS:
+        where, least, even = short_prompts(replace(H100, sparse_fraction=fraction), 16)
+        lines.append((f"{fraction} of its ideal", f"{least:.3f}", where, even))
+    return columns(lines)
+
+
 START_S = 20.0  # of a process: imports, random weights, loading kernels; the first one compiles for a minute more
 PASSES = 5  # that the timing of attention by itself makes over a prompt
 
@@ -268,7 +292,7 @@ def stages_table() -> str:
 
 def main() -> None:
     """Print the tables."""
-    print("\n\n".join([known_table(), runs_table(), stages_table()]))
+    print("\n\n".join([known_table(), runs_table(), stages_table(), short_table()]))
 
 
 if __name__ == "__main__":

@@ -172,6 +172,7 @@ class Ceiling:
             sparse_layer_s: Measured attention of one sparse layer.
         """
         ideal_s = self.ideal_s
+        lost_s = self.sparse_layers * (sparse_layer_s - self.ideal_sparse_layer_s)
         return {
             "speedup": self.stock_s / flux_s,
             "ceiling": None if ideal_s is None else self.stock_s / ideal_s,
@@ -181,6 +182,8 @@ class Ceiling:
             "sparse_layer_s": sparse_layer_s,
             "ideal_sparse_layer_s": self.ideal_sparse_layer_s,
             "sparse_fraction_of_ideal": self.ideal_sparse_layer_s / sparse_layer_s,
+            "lost_in_sparse_attention_s": lost_s,
+            "lost_elsewhere_s": None if ideal_s is None else flux_s - ideal_s - lost_s,
             "visible_share": self.visible_share,
         }
 

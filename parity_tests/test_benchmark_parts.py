@@ -154,6 +154,8 @@ def test_the_ceiling_is_amdahls():
     assert columns["speedup"] == pytest.approx(1.25)
     assert columns["fraction_of_ceiling"] == pytest.approx(7 / 8)
     assert columns["sparse_fraction_of_ideal"] == pytest.approx(0.5)
+    assert columns["lost_in_sparse_attention_s"] == pytest.approx(20 * 0.05)
+    assert columns["lost_elsewhere_s"] == pytest.approx(8.0 - 7.0 - 1.0)
     noisy = Ceiling(stock_s=5.0, dense_layer_s=0.2, visible_share=0.25, layers=30, sparse_layers=20)
     assert noisy.columns(4.0, 0.1)["ceiling"] is None
 

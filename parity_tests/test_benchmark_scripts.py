@@ -160,6 +160,7 @@ def test_the_page_shows_what_the_arithmetic_says():
     page = (ROOT / "docs" / "speed.md").read_text()
     reached = apple_prediction.reached_on_m4_max()
     tables = [mlx_prediction.known_table(), mlx_prediction.runs_table(), mlx_prediction.stages_table()]
+    tables.append(mlx_prediction.short_table())
     tables += apple_prediction.as_text(apple_prediction.predictions(reached), reached).split("\n\n")[1:]
     assert all(table in page for table in tables)
 
