@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -36,19 +36,36 @@ def last(layers: int, full: int) -> torch.Tensor:
     return mask_of(list(range(layers - full, layers)), layers)
 
 
-def greedy(layers: int, full: int, loss: Callable[[torch.Tensor], float], swaps: int = 0) -> torch.Tensor:
-    """Search: from all full, make the layer sparse that costs least, until `full` are left; then try swaps.
+def greedy_path(
+    layers: int, fewest: int, loss: Callable[[torch.Tensor], float], drop: int = 1
+) -> Iterator[torch.Tensor]:
+    """Search: from all full, make the layer sparse that costs least, again and again; yields each mask found.
 
     Args:
         layers: Layers of the model.
-        full: Full layers of the result.
+        fewest: Full layers of the last mask.
         loss: Mask to loss on samples that are not those of the evaluation.
-        swaps: Rounds in which the best exchange of one full and one sparse layer is made, while it helps.
+        drop: Layers to make sparse at once in the first round, those that cost least alone: most layers of a model
+            cost next to nothing, and each round costs a loss for every full layer.
     """
-    mask = torch.ones(layers, dtype=torch.bool)
-    while int(mask.sum()) > full:
-        trials = {layer: loss(_flipped(mask, layer)) for layer in mask.nonzero().flatten().tolist()}
-        mask = _flipped(mask, min(trials, key=lambda layer: trials[layer]))
+    mask, step = torch.ones(layers, dtype=torch.bool), min(drop, layers - fewest)
+    while int(mask.sum()) > fewest:
+        full = mask.nonzero().flatten().tolist()
+        trials = {layer: loss(_flipped(mask, layer)) for layer in full}
+        mask = _flipped(mask, *sorted(full, key=lambda layer: trials[layer])[:step])
+        step = 1
+        yield mask
+
+
+def greedy(layers: int, full: int, loss: Callable[[torch.Tensor], float], swaps: int = 0) -> torch.Tensor:
+    """The mask of `greedy_path` with `full` full layers, after exchanges of one full and one sparse layer.
+
+    Args:
+        layers, loss: As `greedy_path`.
+        full: Full layers of the result.
+        swaps: Rounds in which the best exchange is made, while it helps.
+    """
+    mask = [torch.ones(layers, dtype=torch.bool), *greedy_path(layers, full, loss)][-1]
     best = loss(mask)
     for _ in range(swaps):
         pairs = [(a, b) for a in mask.nonzero().flatten().tolist() for b in (~mask).nonzero().flatten().tolist()]

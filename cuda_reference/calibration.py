@@ -4,29 +4,43 @@ Pooled queries of different prompts have a large common part. A router with PyTo
 each of its five layers shrinks the differences, and training first finds one route for all prompts. Here the first
 layer's weight and bias take out mean and spread, measured on a few rows, and the hidden layers keep the variance
 (He et al., arXiv 1502.01852, with SiLU's second moment). The parameters and what they compute stay as they are.
+
+A recipe may go one step further: `fit_masks` teaches the routers one mask for each task, found by a search on training
+samples (`search`), with a confidence that leaves training something to explore.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.nn import functional
 
+from cuda_reference.baselines import mask_of
 from cuda_reference.data_packing import Pack
 from cuda_reference.model import routers
 from cuda_reference.packed_model import PackedModel
+from cuda_reference.recipe import Recipe
 from cuda_reference.router import LayerRouter
 
 SILU_SECOND_MOMENT = 0.3557  # E[silu(x)^2] for x ~ N(0, 1)
+FIT_STEPS, FIT_LR, FIT_WEIGHT_DECAY = 150, 1e-3, 0.01
 SMALLEST_SPREAD = 0.1  # of a layer's mean spread: dimensions that hardly vary are not blown up further
 
 
 @torch.no_grad()
-def pooled_queries(model: PackedModel, packs: Iterator[Pack], rows: int) -> dict[int, torch.Tensor]:
-    """Pooled queries of the samples in `rows` packs with every layer full: layer to float32 `[n, D]`."""
+def pooled_queries(
+    model: PackedModel, packs: Iterator[Pack], rows: int
+) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+    """Pooled queries of the samples in `rows` packs with every layer full.
+
+    Returns:
+        (layer to float32 `[n, D]`, by head `[HQ n, D]`; the samples' tasks, int64 `[n]`).
+    """
     found: dict[int, list[torch.Tensor]] = {layer: [] for layer in model.routed_layers}
+    tasks = []
     device = next(model.parameters()).device
     for _ in range(rows):
         pack = next(packs).to(device)
@@ -35,7 +49,8 @@ def pooled_queries(model: PackedModel, packs: Iterator[Pack], rows: int) -> dict
         )
         for layer, pooled in routing.pooled.items():
             found[layer].append(pooled)
-    return {layer: torch.cat(parts) for layer, parts in found.items()}
+        tasks.append(pack.task)
+    return {layer: torch.cat(parts) for layer, parts in found.items()}, torch.cat(tasks)
 
 
 @torch.no_grad()
@@ -59,11 +74,56 @@ def calibrate(router: LayerRouter, pooled: torch.Tensor) -> None:
     first.bias.copy_(-(first.weight @ mean))
 
 
-def calibrate_model(model: PackedModel, packs: Iterator[Pack], rows: int) -> None:
-    """`calibrate` every router on `rows` packs; with several processes the first one's routers go to all."""
-    pooled = pooled_queries(model, packs, rows)
-    for layer, router in routers(model.backbone).items():
+def fit_masks(
+    routers: Mapping[int, LayerRouter],
+    pooled: Mapping[int, torch.Tensor],
+    task: torch.Tensor,
+    masks: torch.Tensor,
+    confidence: float,
+) -> float:
+    """Fit routers to one mask for each task: training then starts from what a search found, not from all full.
+
+    Args:
+        routers: Layer to calibrated router.
+        pooled: Layer to pooled queries `[n, D]`.
+        task: `[n]` int64.
+        masks: bool `[tasks, model layers]`, True is full.
+        confidence: p that the fit aims at for each decision, in (0.5, 1).
+
+    Returns:
+        Share of the decisions that agree with the masks afterwards.
+    """
+    wanted = {layer: masks[task, layer].float() for layer in routers}
+    parameters = [p for router in routers.values() for p in router.parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=FIT_LR, weight_decay=FIT_WEIGHT_DECAY)
+    low, span = 1.0 - confidence, 2.0 * confidence - 1.0
+    for _ in range(FIT_STEPS):
+        gaps = {layer: router(pooled[layer]).diff(dim=1).squeeze(1) for layer, router in routers.items()}
+        losses = [
+            functional.binary_cross_entropy_with_logits(gaps[layer], low + span * wanted[layer]) for layer in routers
+        ]
+        optimiser.zero_grad(set_to_none=True)
+        torch.stack(losses).sum().backward()
+        optimiser.step()
+    agree = [((gaps[layer] > 0) == (wanted[layer] > 0.5)).float().mean() for layer in routers]
+    for parameter in parameters:
+        parameter.grad = None
+    return float(torch.stack(agree).mean())
+
+
+def calibrate_model(model: PackedModel, packs: Iterator[Pack], recipe: Recipe) -> None:
+    """`calibrate` every router on the recipe's rows, then fit its start, if it has one.
+
+    With several processes the first one's routers go to all.
+    """
+    pooled, task = pooled_queries(model, packs, recipe.calibration_rows)
+    found = routers(model.backbone)
+    for layer, router in found.items():
         calibrate(router, pooled[layer])
+    if recipe.start:
+        layers = len(model.backbone.get_decoder().layers)
+        masks = torch.stack([mask_of(list(recipe.start[name]), layers) for name in recipe.tasks])
+        fit_masks(found, pooled, task, masks.to(task.device), recipe.start_confidence)
     if dist.is_initialized():
         for parameter in model.routers().values():
             dist.broadcast(parameter.data, src=0)

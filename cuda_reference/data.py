@@ -17,16 +17,28 @@ from transformers import PreTrainedTokenizerBase
 from cuda_reference.data_packing import TILE, Pack, pack, packed_tokens
 from cuda_reference.data_prompts import Sample, Writer
 from cuda_reference.data_tasks import TaskMaker
-from cuda_reference.data_text import Corpus, build_corpora, collect
+from cuda_reference.data_text import Corpus, build_corpora, collect, load_corpora, save_corpora
 from cuda_reference.recipe import Recipe
 
 Corpora = dict[tuple[str, str], Corpus]
 
 
-def make_corpora(writer: Writer, text_chars: int, workers: int = 0) -> Corpora:
-    """Collect this machine's text and encode it: (kind, split) to tokens."""
+def make_corpora(writer: Writer, text_chars: int, workers: int = 0, cache: Path | None = None) -> Corpora:
+    """Collect this machine's text and encode it: (kind, split) to tokens.
+
+    Args:
+        writer: Encodes.
+        text_chars: Characters of each kind.
+        workers: Processes that read.
+        cache: File of an earlier call with the same arguments: read if it exists, else written.
+    """
+    if cache is not None and cache.is_file():
+        return load_corpora(cache)
     documents = collect(max_chars=text_chars, workers=workers)
-    return build_corpora(documents, writer.encode_batch, writer.newline_ids())
+    corpora = build_corpora(documents, writer.encode_batch, writer.newline_ids())
+    if cache is not None:
+        save_corpora(cache, corpora)
+    return corpora
 
 
 class MadeUpRows(Dataset):
@@ -49,7 +61,17 @@ class MadeUpRows(Dataset):
             self.maker.sample(task, number * 1000 + i, tokens)
             for i, (task, tokens) in enumerate(self._plan(rng, data.row_tokens))
         ]
-        return pack(samples, recipe.tasks, recipe.router.pool_tokens, data.row_tokens)
+        pool_tokens = recipe.router.pool_tokens
+        return pack(samples, recipe.tasks, pool_tokens, data.row_tokens, read_tokens=self._read(rng, samples))
+
+    def _read(self, rng: np.random.Generator, samples: Sequence[Sample]) -> list[int] | None:
+        """Tokens that the routers read of each prompt: a random first part of some, of at least two pools."""
+        if not self.recipe.data.truncated_share:
+            return None
+        least = 2 * self.recipe.router.pool_tokens
+        whole = [sample.prompt_tokens - 1 for sample in samples]
+        cut = rng.random(len(samples)) < self.recipe.data.truncated_share
+        return [int(rng.integers(min(least, n), n + 1)) if is_cut else n for n, is_cut in zip(whole, cut, strict=True)]
 
     def _plan(self, rng: np.random.Generator, room: int) -> Iterator[tuple[str, int]]:
         """Tasks and lengths that fill a row: tasks by their shares, without long runs of one."""
@@ -142,13 +164,18 @@ def _sample(line: object, writer: Writer, tasks: Sequence[str]) -> Sample:
 
 
 def training_rows(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rank: int = 0, ranks: int = 1, workers: int = 0
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    rank: int = 0,
+    ranks: int = 1,
+    workers: int = 0,
+    text_cache: Path | None = None,
 ) -> Dataset:
     """The training rows of a recipe: its JSONL file if it names one, else made-up tasks on this machine's text."""
     writer = Writer(tokenizer)
     if recipe.data.jsonl:
         return FileRows(read_jsonl(recipe.data.jsonl, writer, recipe.tasks), recipe, rank, ranks)
-    corpora = make_corpora(writer, recipe.data.text_chars, workers)
+    corpora = make_corpora(writer, recipe.data.text_chars, workers, text_cache)
     return MadeUpRows(TaskMaker(writer, corpora, "train", recipe.seed), recipe, rank, ranks)
 
 

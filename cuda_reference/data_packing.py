@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from cuda_reference.data_prompts import Sample
+from flux_mlx.spec import RouterConfig
 
 TILE = 128
 
@@ -27,10 +28,12 @@ class Pack:
         sample: `[T]`, index of the sample that a token belongs to.
         branch: `[T]`, 0 for what every later token sees; a branch > 0 is seen by its own tokens only. With candidates,
             wrong candidate c is branch c and the answer the branch after the last of them.
+        group: `[T]`, which route decision a token follows: its sample's, or with chunked routing its chunk's.
+        final_group: `[N]`, the decision that each sample ends with.
         prompt_tokens: `[N]`.
         lengths: `[N]`, tokens of prompt and answer.
-        pool_rows: `[N, 2 P]`, tokens that the routers pool.
-        pool_weights: `[N, 2 P]` float32; the rows' weights sum to 1, absent ones have 0.
+        pool_rows: `[groups, 2 P]`, tokens that the routers pool.
+        pool_weights: `[groups, 2 P]` float32; the rows' weights sum to 1, absent ones have 0.
         loss_rows: `[M]`, tokens whose prediction counts.
         loss_targets: `[M]`, what they should predict.
         loss_sample: `[M]`, their sample.
@@ -42,6 +45,8 @@ class Pack:
     positions: torch.Tensor
     sample: torch.Tensor
     branch: torch.Tensor
+    group: torch.Tensor
+    final_group: torch.Tensor
     prompt_tokens: torch.Tensor
     lengths: torch.Tensor
     pool_rows: torch.Tensor
@@ -57,6 +62,11 @@ class Pack:
         """N."""
         return self.prompt_tokens.shape[0]
 
+    @property
+    def groups(self) -> int:
+        """Route decisions of one layer: N, or with chunked routing the chunks of all samples."""
+        return self.pool_rows.shape[0]
+
     def to(self, device: torch.device | str) -> Pack:
         """The same pack on another device."""
         return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
@@ -69,7 +79,14 @@ def packed_tokens(sample: Sample, candidates: bool = False) -> int:
 
 
 def pack(
-    samples: Sequence[Sample], tasks: Sequence[str], pool_tokens: int, row_tokens: int, *, candidates: bool = False
+    samples: Sequence[Sample],
+    tasks: Sequence[str],
+    pool_tokens: int,
+    row_tokens: int,
+    *,
+    candidates: bool = False,
+    chunk_tokens: int = 0,
+    read_tokens: Sequence[int] | None = None,
 ) -> Pack:
     """Lay samples out in one row.
 
@@ -79,37 +96,59 @@ def pack(
         pool_tokens: P of the routers.
         row_tokens: T; unused tokens follow the last sample as its padding.
         candidates: Add the wrong candidates of each sample as branches 1, 2, .. beside the answer.
+        chunk_tokens: Route each chunk of this many prompt tokens anew, as stock prefill does; whole tiles. 0 routes
+            every prompt once.
+        read_tokens: How much of each prompt its routers read, 1 to prompt_tokens - 1, where every prompt is routed
+            once; None is all of it but the last token.
 
     Raises:
-        ValueError: No sample, or they do not fit.
+        ValueError: No sample, they do not fit, or chunks that are no whole tiles.
     """
+    if chunk_tokens % TILE:
+        raise ValueError(f"[pack] chunk_tokens must be a multiple of {TILE} or 0, got {chunk_tokens}.")
     needed = sum(packed_tokens(s, candidates) for s in samples)
     if not samples or needed > row_tokens or row_tokens % TILE:
         raise ValueError(
             f"[pack] expected samples of 1 to {row_tokens} tokens in all and whole tiles of {TILE}, "
             f"got {len(samples)} samples of {needed} tokens."
         )
-    row = {name: np.zeros(row_tokens, np.int64) for name in ("tokens", "positions", "sample", "branch")}
+    row = {name: np.zeros(row_tokens, np.int64) for name in ("tokens", "positions", "sample", "branch", "group")}
     losses: list[np.ndarray] = []
-    pools = [_pool(s.prompt_tokens - 1, pool_tokens) for s in samples]
-    start, starts = 0, []
+    pools: list[tuple[np.ndarray, np.ndarray]] = []
+    final_group = []
+    start = 0
     for index, sample in enumerate(samples):
         last = index == len(samples) - 1
         end = row_tokens if last else start + packed_tokens(sample, candidates)
-        starts.append(start)
         losses.append(_lay(row, sample, index, start, end, candidates))
+        read = sample.prompt_tokens - 1 if read_tokens is None else read_tokens[index]
+        for first, stop in _chunks(read, chunk_tokens):
+            row["group"][start + first : end] = len(pools)
+            rows, weights = _pool(stop, pool_tokens)
+            pools.append((rows + start, weights))
+        final_group.append(len(pools) - 1)
         start = end
     loss = np.concatenate(losses, axis=1)
     arrays = {
         **row,
         "prompt_tokens": [s.prompt_tokens for s in samples],
         "lengths": [len(s.tokens) for s in samples],
-        "pool_rows": np.stack([rows + first for (rows, _), first in zip(pools, starts, strict=True)]),
+        "pool_rows": np.stack([rows for rows, _ in pools]),
+        "final_group": final_group,
         "task": [tasks.index(s.task) for s in samples],
         **dict(zip(("loss_rows", "loss_targets", "loss_sample", "loss_branch"), loss, strict=True)),
     }
     weights = torch.from_numpy(np.stack([w for _, w in pools]))
     return Pack(pool_weights=weights, **{k: torch.from_numpy(np.asarray(v, np.int64)) for k, v in arrays.items()})
+
+
+def _chunks(tokens: int, chunk_tokens: int) -> list[tuple[int, int]]:
+    """(first, stop) of the chunks of a prompt that are routed: all of them but a last one that is too short for it."""
+    if not chunk_tokens:
+        return [(0, tokens)]
+    cuts = [(first, min(first + chunk_tokens, tokens)) for first in range(0, tokens, chunk_tokens)]
+    shortest = RouterConfig().min_prefill_tokens
+    return cuts[:1] + [(first, stop) for first, stop in cuts[1:] if stop - first >= shortest]
 
 
 def _pool(tokens: int, pool_tokens: int) -> tuple[np.ndarray, np.ndarray]:

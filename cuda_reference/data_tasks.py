@@ -62,8 +62,8 @@ class TaskMaker:
             index: Any integer >= 0.
             tokens: Length; 384 holds every task.
             depth: Place of the needle; None draws it.
-            form: "magic" for "single" (the plain sentence with a number that other suites use), "keys" or "hops" for
-                "multi"; "" draws it.
+            form: "magic" for "single" (the plain sentence with a number that other suites use); for "multi" "keys"
+                (ten facts of one form), "keys2" to "keys9" (that many) or "hops"; "" draws it.
 
         Raises:
             ValueError: Unknown task, or too few tokens for it.
@@ -77,7 +77,9 @@ class TaskMaker:
             return self._needle(rng, tokens, chat, depth, others=0, magic=form == "magic")
         if task == "multi":
             hops = form == "hops" or (not form and rng.random() < 0.4)
-            return self._hops(rng, tokens, chat, depth) if hops else self._needle(rng, tokens, chat, depth, others=9)
+            if hops:
+                return self._hops(rng, tokens, chat, depth)
+            return self._needle(rng, tokens, chat, depth, others=int(form.removeprefix("keys") or CANDIDATES) - 1)
         return getattr(self, f"_{task}")(rng, tokens, chat)
 
     # Retrieval

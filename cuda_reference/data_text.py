@@ -11,10 +11,11 @@ import hashlib
 import os
 import re
 import sysconfig
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -236,3 +237,30 @@ def _join(arrays: list[np.ndarray], newline_ids: np.ndarray) -> Corpus:
     tokens = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
     starts = np.cumsum([0, *(len(a) for a in arrays)])[:-1].astype(np.int64)
     return Corpus(tokens, np.flatnonzero(np.isin(tokens, newline_ids)), starts)
+
+
+def save_corpora(path: Path, corpora: dict[tuple[str, str], Corpus]) -> None:
+    """Write encoded text as one .npz file, whole or not at all."""
+    arrays = {f"{kind}/{split}/{f.name}": getattr(c, f.name) for (kind, split), c in corpora.items() for f in fields(c)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with open(part, "wb") as file:
+        np.savez(file, **arrays)
+    os.replace(part, path)
+
+
+def load_corpora(path: Path) -> dict[tuple[str, str], Corpus]:
+    """Inverse of `save_corpora`.
+
+    Raises:
+        ValueError: Not such a file.
+    """
+    try:
+        with np.load(path) as arrays:
+            return {
+                (kind, split): Corpus(*(arrays[f"{kind}/{split}/{f.name}"] for f in fields(Corpus)))
+                for kind in KINDS
+                for split in SPLITS
+            }
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"[load_corpora] expected a file of save_corpora, got {path}: {error}") from None

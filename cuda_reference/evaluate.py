@@ -1,198 +1,211 @@
 """`flux_mlx.evaluate`: what routing costs and where it is sparse, on samples held out from training.
 
-    flux_mlx.evaluate --model DIRECTORY --routers routers.safetensors --out results.json
+    flux_mlx.evaluate --model DIRECTORY --routers routers.safetensors --policies sparse first:8 --out results.json
 
-Every policy is scored on the same samples, so that differences are paired: answer NLL, choice among 10 candidates,
-Omega by task, agreement of the routes.
+Every contender is scored on the same samples as the backbone with every layer full, so that differences are paired:
+answer NLL, choice among 10 candidates, greedy exact match, Omega and routes by task.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from cuda_reference import baselines
-from cuda_reference.checkpoints import load_routers
+from cuda_reference.cells import KEY_FORMS, KINDS, SPLITS, Cell, default_cells, samples_of, shard_of, with_form
+from cuda_reference.checkpoints import flux_config
+from cuda_reference.contenders import Contender, router_contenders, static_contender
 from cuda_reference.data import make_corpora
 from cuda_reference.data_prompts import Sample, Writer
 from cuda_reference.data_tasks import TaskMaker
-from cuda_reference.packed_model import PackedModel
+from cuda_reference.engines import ENGINES, Engine
 from cuda_reference.recipe import load_recipe
-from cuda_reference.scoring import Policy, Score, score
-from cuda_reference.train import load_model
-from flux_mlx.spec import parse_route
+from cuda_reference.scoring import Score
+from cuda_reference.summaries import equal_routes, route_statistics, summary
+
+FORM_SAMPLES, FORM_START, FORM_FLOOR = 100, 1_000_000, 0.6
+"""The number of keys is chosen on this many samples of its own, by the accuracy that the backbone must have."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Samples that are averaged together.
-
-    Args:
-        split: "test" or "ood".
-        task: Task.
-        form: As `TaskMaker.sample` takes it.
-        tokens: Length of the samples.
-    """
-
-    split: str
-    task: str
-    form: str
-    tokens: int
-
-    @property
-    def name(self) -> str:
-        """As "test/multi-keys/4096"."""
-        return f"{self.split}/{self.task}{'-' + self.form if self.form else ''}/{self.tokens}"
-
-
-RETRIEVAL_KINDS = (("single", "magic"), ("single", ""), ("multi", "keys"), ("multi", "hops"))
-OTHER_KINDS = tuple((task, "") for task in ("aggregation", "code", "icl", "document"))
-
-
-def default_cells(lengths: Sequence[int]) -> list[Cell]:
-    """Every task at every length, and retrieval out of domain."""
-    kinds = (*RETRIEVAL_KINDS, *OTHER_KINDS)
-    cells = [Cell("test", task, form, tokens) for task, form in kinds for tokens in lengths]
-    return cells + [Cell("ood", task, form, tokens) for task, form in RETRIEVAL_KINDS[1:3] for tokens in lengths]
-
-
-def samples_of(cell: Cell, makers: Mapping[str, TaskMaker], count: int) -> list[Sample]:
-    """`count` samples of a cell, needles at evenly spread depths."""
-    maker = makers[cell.split]
-    return [maker.sample(cell.task, i, cell.tokens, depth=(i + 0.5) / count, form=cell.form) for i in range(count)]
-
-
-def summary(samples: Sequence[Sample], scores: Sequence[Score], base: Sequence[Score]) -> dict[str, float]:
-    """Means of a cell, and paired differences from the base policy on the same samples.
-
-    Returns:
-        nll, nll_ratio (to the base), accuracy and accuracy_diff with its 95 % bounds (normal approximation of the
-        paired difference), omega, omega_std. Accuracies are shares; they are left out without candidates.
-    """
-    nll, base_nll = (np.array([s.nll for s in part]) for part in (scores, base))
-    omega = np.array([s.omega for s in scores])
-    found = {
-        "samples": len(scores),
-        "nll": float(nll.mean()),
-        "nll_ratio": float(nll.mean() / base_nll.mean()),
-        "nll_diff_se": float((nll - base_nll).std() / math.sqrt(len(nll))),
-        "omega": float(omega.mean()),
-        "omega_std": float(omega.std()),
-    }
-    if samples[0].candidates:
-        right, base_right = (np.array([s.chosen == 0 for s in part], float) for part in (scores, base))
-        difference = right - base_right
-        half = 1.96 * difference.std() / math.sqrt(len(right))
-        found |= {"accuracy": float(right.mean()), "accuracy_diff": float(difference.mean())}
-        found |= {
-            "accuracy_diff_low": float(difference.mean() - half),
-            "accuracy_diff_high": float(difference.mean() + half),
-        }
-    return found
-
-
-def route_statistics(scores: Sequence[Score]) -> dict[str, object]:
-    """Share of full routes by layer, and their mean entropy in bits (0: every sample is routed alike)."""
-    full = np.array([s.full for s in scores]).mean(0)
-    p = np.clip(full, 1e-12, 1 - 1e-12)
-    entropy = -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
-    return {"full_by_layer": [round(float(x), 4) for x in full], "entropy_bits": float(entropy.mean())}
-
-
-def evaluate(
-    model: PackedModel,
-    makers: Mapping[str, TaskMaker],
-    cells: Sequence[Cell],
-    policies: Mapping[str, Policy],
-    count: int,
-    *,
-    out: Path | None = None,
-    row_tokens: int = 65536,
-    seconds: float = float("inf"),
-) -> dict[str, object]:
-    """Score every cell under every policy; "full" is the base of the differences and is always scored.
+@dataclass
+class Evaluation:
+    """Samples of all cells, their base scores, and what was found so far.
 
     Args:
-        count: Samples of a cell.
-        out: JSON file, written again after every cell.
-        seconds: Stop before the next cell after this time; the cells done so far count.
+        engine: Scores.
+        makers: Split to maker of samples.
+        choice_samples: Samples of a cell that is judged by choice.
+        other_samples: Of every other cell.
+        workers: Processes that make samples.
+        keep_scores: Keep routes and logit gaps of every sample in the results.
+        with_base: Score the model with every layer full; without it contenders are compared with themselves.
     """
-    start, results = time.monotonic(), {"cells": {}, "routes": {}}
-    for cell in tqdm(cells, mininterval=1.0):
-        if time.monotonic() - start > seconds:
-            break
-        samples = samples_of(cell, makers, count)
-        base = score(model, samples, "full", row_tokens)
-        found = {"full": summary(samples, base, base)}
-        for name, policy in policies.items():
-            scores = score(model, samples, policy, row_tokens)
-            found[name] = summary(samples, scores, base)
-            if isinstance(policy, str) and policy == "auto":
-                results["routes"][cell.name] = route_statistics(scores) | {
-                    "routes": ["".join("F" if f > 0.5 else "s" for f in s.full) for s in scores[:64]],
-                }
-        results["cells"][cell.name] = found
-        if out is not None:
-            out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return results
+
+    engine: Engine
+    makers: Mapping[str, TaskMaker]
+    choice_samples: int = 100
+    other_samples: int = 100
+    workers: int = 0
+    keep_scores: bool = False
+    with_base: bool = True
+    results: dict[str, Any] = field(default_factory=lambda: {"cells": {}, "routes": {}, "forms": {}})
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    base: dict[str, list[Score]] = field(default_factory=dict)
+    exact: dict[tuple[str, str], list[Score]] = field(default_factory=dict)
+
+    def add_cell(self, cell: Cell, full: Contender) -> None:
+        """Make the samples of a cell and score the base on them."""
+        self.engine.use(full)
+        if cell.form == KEY_FORMS[0] and self.with_base:
+            cell = self._hardest_form(cell)
+        count = self.choice_samples if cell.is_choice else self.other_samples
+        samples = samples_of(cell, self.makers, count, self.workers)
+        self.samples[cell.name] = samples
+        self.results["cells"][cell.name], self.results["routes"][cell.name] = {}, {}
+        if self.with_base:
+            base = self.base[cell.name] = self.engine.score(samples)
+            self.results["cells"][cell.name]["full"] = summary(samples, base, base)
+
+    def _hardest_form(self, cell: Cell) -> Cell:
+        """As many keys as leave the backbone the accuracy `FORM_FLOOR`, where a loss can be seen."""
+        tried: dict[str, float] = {}
+        for form in KEY_FORMS:
+            chosen = with_form(cell, form)
+            count = min(FORM_SAMPLES, self.choice_samples)
+            samples = samples_of(chosen, self.makers, count, self.workers, start=FORM_START)
+            tried[form] = sum(s.chosen == 0 for s in self.engine.score(samples)) / count
+            if tried[form] >= FORM_FLOOR:
+                break
+        self.results["forms"][cell.name] = tried
+        return with_form(cell, max(tried, key=lambda form: (tried[form] >= FORM_FLOOR, tried[form])))
+
+    def add(self, contender: Contender) -> None:
+        """Score one contender on every cell."""
+        self.engine.use(contender)
+        routed = contender.routers is not None
+        for name, samples in self.samples.items():
+            scores = self.engine.score(samples)
+            found = summary(samples, scores, self.base.get(name, scores), contender.config.pattern)
+            if routed:
+                self._add_routes(name, contender, scores, found)
+            self.results["cells"][name][contender.name] = found
+
+    def _add_routes(self, cell: str, contender: Contender, scores: list[Score], found: dict[str, Any]) -> None:
+        self.results["routes"][cell][contender.name] = route_statistics(scores)
+        exact_name = contender.name.partition("@")[0]
+        if not contender.chunk_tokens:
+            self.exact[cell, contender.name] = scores
+        elif (cell, exact_name) in self.exact:
+            found["routes_as_exact"] = equal_routes(scores, self.exact[cell, exact_name])
+        if self.keep_scores:
+            kept = [{"nll": s.nll, "chosen": s.chosen, "full": s.full, "gaps": s.gaps} for s in scores]
+            self.results.setdefault("scores", {}).setdefault(cell, {})[contender.name] = kept
+
+    def generate(self, contender: Contender, count: int) -> None:
+        """Greedy generation of the first samples of the cells with a needle: exact matches, beside teacher forcing."""
+        self.engine.use(contender)
+        for name, samples in self.samples.items():
+            if name.startswith("test/single"):
+                said = [self.engine.generate(s) for s in samples[:count]]
+                right = [list(s.answer) == tokens for s, tokens in zip(samples, said, strict=False)]
+                forced = [score.exact for score in self.engine.score(samples[:count])]
+                agree = sum(a == b for a, b in zip(right, forced, strict=True))
+                found = {"samples": len(said), "exact": sum(right) / len(said), "as_teacher_forced": agree / len(said)}
+                self.results.setdefault("generation", {}).setdefault(name, {})[contender.name] = found
 
 
-def policy_of(text: str, layers: int) -> Policy:
-    """A command-line policy: auto, full, sparse, a list of full layers, or interleaved:N, first:N, last:N."""
-    kind, colon, number = text.partition(":")
-    if colon and kind in ("interleaved", "first", "last") and number.isdigit() and 0 < int(number) <= layers:
-        return getattr(baselines, kind)(layers, int(number))
-    route = parse_route(text)
-    return route if isinstance(route, str) else baselines.mask_of(list(route), layers)
+def contenders_of(args: argparse.Namespace, layers: int) -> list[Contender]:
+    """Those of the command line: routers first; the first of them chunked too. "auto" stands for them.
+
+    Raises:
+        ValueError: The policy auto without routers, or what the contenders refuse.
+    """
+    if "auto" in args.policies and not args.routers:
+        raise ValueError("[evaluate] the policy auto needs --routers.")
+    config = flux_config(load_recipe(args.recipe, args.set))
+    found = []
+    for i, text in enumerate(args.routers):
+        found += router_contenders(text, config, args.chunks if i == 0 else ())
+    return found + [static_contender(text, layers, config) for text in args.policies if text not in ("full", "auto")]
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write a JSON file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="flux_mlx.evaluate", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True, help="directory or hub id of a transformers causal LM")
-    parser.add_argument("--routers", type=Path, help="routers.safetensors; needed by the policy auto")
-    parser.add_argument("--recipe", default="smollm2", help="recipe that the routers were trained with")
+    parser.add_argument("--model", required=True, help="directory of a causal LM (torch: or a hub id)")
+    parser.add_argument("--backend", choices=tuple(ENGINES), default="torch", help="who computes")
+    parser.add_argument("--routers", nargs="*", default=[], metavar="[NAME=]FILE", help="routers.safetensors files")
+    parser.add_argument("--chunks", nargs="*", type=int, default=[], help="route the first routers by such chunks too")
+    parser.add_argument(
+        "--policies", nargs="*", default=["sparse"], help="[NAME=]sparse, 0,2,6-8, first:8, ..[@PATTERN]"
+    )
+    parser.add_argument("--recipe", default="smollm2", help="settings of the static policies, and of bare routers")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="override settings of the recipe")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
-    parser.add_argument("--policies", nargs="*", default=["auto", "sparse"], help="auto, sparse, 0,2,6-8, first:8, ..")
     parser.add_argument("--lengths", nargs="*", type=int, default=[2048, 4096, 8192], help="sample lengths, tokens")
-    parser.add_argument("--samples", type=int, default=100, help="samples of a cell")
-    parser.add_argument("--row-tokens", type=int, default=65536, help="tokens of a packed row")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read text")
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS), help="kinds of samples")
+    parser.add_argument("--samples", type=int, default=100, help="samples of a cell that is judged by choice")
+    parser.add_argument("--other-samples", type=int, default=None, help="samples of other cells (default: the same)")
+    parser.add_argument("--generate", type=int, default=0, help="samples of a needle cell to generate answers for")
+    parser.add_argument("--shard", default="0/1", help="cells of this process: 0/4 is the first of four")
+    parser.add_argument("--row-tokens", type=int, default=65536, help="tokens of a packed row (torch)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no contender after this time")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="torch; default: cuda where there is one")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read text and make samples")
+    parser.add_argument("--text-cache", type=Path, help="file of encoded text: read if it exists, else written")
+    parser.add_argument("--no-base", action="store_true", help="leave out the model with every layer full")
+    parser.add_argument("--keep-scores", action="store_true", help="keep every sample's routes and logit gaps")
     return parser
+
+
+def evaluate(args: argparse.Namespace, evaluation: Evaluation, contenders: Sequence[Contender]) -> None:
+    """Score all contenders on all cells of this shard; until the end, what is there after each is in `OUT.partial`."""
+    start, partial = time.monotonic(), args.out.with_name(args.out.name + ".partial")
+    full = Contender("full", "full", flux_config(load_recipe(args.recipe, args.set)))
+    cells = shard_of(default_cells(args.lengths, args.kinds), args.shard)
+    for cell in tqdm(cells, desc="samples and base", mininterval=1.0):
+        evaluation.add_cell(cell, full)
+    for contender in tqdm(contenders, desc="contenders", mininterval=1.0):
+        if time.monotonic() - start > args.seconds:
+            break
+        evaluation.add(contender)
+        write_json(partial, evaluation.results)
+    for contender in [full, *contenders[:1]] if args.generate else []:
+        evaluation.generate(contender, args.generate)
+    settings = {name: str(value) for name, value in vars(args).items()}
+    evaluation.results["settings"] = settings | {"cells": [asdict(cell) for cell in cells]}
+    write_json(args.out, evaluation.results)
+    partial.unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Console entry."""
     args = build_parser().parse_args(argv)
     recipe = load_recipe(args.recipe, args.set)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if "auto" in args.policies and args.routers is None:
-        raise SystemExit("[evaluate] the policy auto needs --routers.")
-    model = load_model(args.model, recipe, device)
-    if args.routers is not None:
-        load_routers(args.routers, model.routers())
+    engine = ENGINES[args.backend](args.model, recipe, args.device, args.row_tokens)
+    contenders = contenders_of(args, engine.layers)
     writer = Writer(AutoTokenizer.from_pretrained(args.model))
-    corpora = make_corpora(writer, recipe.data.text_chars, args.workers)
-    makers = {split: TaskMaker(writer, corpora, split, recipe.seed) for split in ("test", "ood")}
-    layers = len(model.backbone.get_decoder().layers)
-    policies = {text: policy_of(text, layers) for text in args.policies if text != "full"}
-    cells = default_cells(args.lengths)
-    results = evaluate(model, makers, cells, policies, args.samples, row_tokens=args.row_tokens, seconds=args.seconds)
-    results["settings"] = {k: str(v) for k, v in vars(args).items()} | {"cells": [asdict(c) for c in cells]}
-    args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    corpora = make_corpora(writer, recipe.data.text_chars, args.workers, args.text_cache)
+    makers = {split: TaskMaker(writer, corpora, split, recipe.seed) for split in SPLITS}
+    others = args.samples if args.other_samples is None else args.other_samples
+    evaluation = Evaluation(engine, makers, args.samples, others, args.workers, args.keep_scores, not args.no_base)
+    evaluate(args, evaluation, contenders)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 
 def logistic_noise(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
@@ -95,6 +96,40 @@ def sample_nll(logits: torch.Tensor, targets: torch.Tensor, sample: torch.Tensor
     Returns:
         `[samples]` float32.
     """
-    nll = functional.cross_entropy(logits.float(), targets, reduction="none")
-    zeros = torch.zeros(samples, device=nll.device)
-    return zeros.index_add(0, sample, nll) / zeros.index_add(0, sample, torch.ones_like(nll))
+    return _sample_means(functional.cross_entropy(logits.float(), targets, reduction="none"), sample, samples)
+
+
+def sample_divergence(
+    logits: torch.Tensor, teacher: torch.Tensor, sample: torch.Tensor, samples: int, rows: int = 4096
+) -> torch.Tensor:
+    """Mean KL(teacher || model) over each sample's answer tokens: what routing changes, whatever the answer was.
+
+    A sample that the backbone itself gets wrong has a large NLL, and its gradient tells the routers little about what
+    full attention gave; its divergence from the backbone is 0 as soon as the routes keep what the backbone does.
+
+    Args:
+        logits: `[M, vocab]`, any float dtype; the softmax is float32.
+        teacher: `[M, vocab]`, of the model with every layer full.
+        sample, samples: As `sample_nll`.
+        rows: Rows whose float32 probabilities exist at one time.
+
+    Returns:
+        `[samples]` float32.
+    """
+    parts = [
+        checkpoint(_divergence, ours, theirs, use_reentrant=False)
+        for ours, theirs in zip(logits.split(rows), teacher.split(rows), strict=True)
+    ]
+    return _sample_means(torch.cat(parts), sample, samples)
+
+
+def _divergence(logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || model) of each row."""
+    ours, theirs = (x.float().log_softmax(-1) for x in (logits, teacher))
+    return (theirs.exp() * (theirs - ours)).sum(-1)
+
+
+def _sample_means(values: torch.Tensor, sample: torch.Tensor, samples: int) -> torch.Tensor:
+    """Means of the rows' values by sample, `[samples]`; each has at least one row."""
+    zeros = torch.zeros(samples, device=values.device)
+    return zeros.index_add(0, sample, values) / zeros.index_add(0, sample, torch.ones_like(values))

@@ -29,15 +29,16 @@ class Routing:
         pack: The pack.
         attention: Attention of this pack.
         tau: Temperature of the routes.
-        noise: `[model layers, G * N]` from `logistic_noise`, or None: the decisions of inference.
+        noise: `[model layers, G * groups]` from `logistic_noise`, or None: the decisions of inference.
         hard: Straight-through routes; False mixes both branches.
         by_head: One decision for each head instead of one for each layer.
-        forced: bool `[model layers, N]`, True is full: routes that replace the routers' own. None: the routers decide.
-        pooled: Layer to pooled queries `[G * N, D]`, filled in by the call if a dict is given.
+        forced: bool `[model layers, groups]`, True is full: routes that replace the routers' own. None: the routers
+            decide.
+        pooled: Layer to pooled queries `[G * groups, D]`, filled in by the call if a dict is given.
 
     Attributes:
-        logits: Layer to route logits `[N, 2]` (by head `[HQ * N, 2]`), filled in by the call.
-        z: Layer to weights of full attention `[G, N]`, filled in by the call.
+        logits: Layer to route logits `[groups, 2]` (by head `[HQ * groups, 2]`), filled in by the call.
+        z: Layer to weights of full attention `[G, groups]`, filled in by the call.
     """
 
     def __init__(
@@ -58,20 +59,24 @@ class Routing:
         self.z: dict[int, torch.Tensor] = {}
 
     def omega(self) -> torch.Tensor:
-        """Share of sparse layers (or heads) of each sample, `[N]` float32, with the routers' gradient."""
-        return 1.0 - torch.stack([self.z[layer].mean(0) for layer in sorted(self.z)]).mean(0)
+        """Share of sparse layers (or heads) that each sample ends with, `[N]` float32, with the routers' gradient."""
+        return 1.0 - self.shares().mean(0)
+
+    def shares(self) -> torch.Tensor:
+        """Weight of full attention that each sample ends with (by head: the mean over heads), `[layers, N]`."""
+        return torch.stack([self.z[layer].mean(0) for layer in sorted(self.z)])[:, self.pack.final_group]
 
     def all_full(self) -> torch.Tensor:
-        """The routes of a layer without a router, bool `[1, N]`."""
-        return torch.ones(1, self.pack.samples, dtype=torch.bool, device=self.pack.tokens.device)
+        """The routes of a layer without a router, bool `[1, groups]`."""
+        return torch.ones(1, self.pack.groups, dtype=torch.bool, device=self.pack.tokens.device)
 
     def full_layers(self) -> torch.Tensor:
-        """Routes, bool `[layers, G, N]`: True is full."""
+        """Routes, bool `[layers, G, groups]`: True is full."""
         return torch.stack([self.z[layer].detach() > 0.5 for layer in sorted(self.z)])
 
 
 def _pool(queries: torch.Tensor, pack: Pack, by_head: bool) -> torch.Tensor:
-    """Pooled queries of each sample, float32 `[N, D]`, or by head `[HQ * N, D]`; `queries` is `[1, T, HQ, D]`."""
+    """Pooled queries of each group, float32 `[groups, D]`, by head `[HQ * groups, D]`; `queries` is `[1, T, HQ, D]`."""
     x = queries[0].float()
     x = x.transpose(0, 1) if by_head else x.mean(1)[None]  # [G, T, D]
     pooled = (x[:, pack.pool_rows] * pack.pool_weights[..., None]).sum(2)
@@ -91,7 +96,7 @@ def _routed_attention(module, query, key, value, attention_mask, scaling, flux: 
     else:
         logits = module.router(_pool(queries, flux.pack, flux.by_head))
         noise = None if flux.noise is None else flux.noise[layer]
-        z = gumbel_route(logits, noise, flux.tau, hard=flux.hard).view(-1, flux.pack.samples)
+        z = gumbel_route(logits, noise, flux.tau, hard=flux.hard).view(-1, flux.pack.groups)
         flux.logits[layer] = logits
         out = flux.attention.mixture(query, key, value, z, scaling, hard=flux.hard)
     flux.z[layer] = z
@@ -106,7 +111,7 @@ class PackedModel(nn.Module):
 
     Args:
         backbone: A causal LM that `model.attach` takes.
-        config: Pattern and sizes of the routers. Only streaming runs packed (the other patterns decode as streaming).
+        config: Pattern and sizes of the routers.
         by_head: One decision for each head instead of one for each layer (a baseline).
 
     Raises:

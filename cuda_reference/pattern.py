@@ -10,7 +10,7 @@ from flux_mlx.spec import PatternConfig
 
 
 def visible(
-    pattern: PatternConfig, q_pos: torch.Tensor, k_pos: torch.Tensor, prompt_tokens: int | None = None
+    pattern: PatternConfig, q_pos: torch.Tensor, k_pos: torch.Tensor, prompt_tokens: int | torch.Tensor | None = None
 ) -> torch.Tensor:
     """Whether the query at absolute position `q_pos` sees the key at `k_pos` (`flux_mlx.spec.visible`).
 
@@ -18,7 +18,7 @@ def visible(
         pattern: The pattern; xattention stands here for its decode, streaming.
         q_pos: int, any shape that broadcasts with `k_pos`.
         k_pos: int.
-        prompt_tokens: Length of the whole prompt in exact prefill; None means streaming.
+        prompt_tokens: Length of the whole prompt in exact prefill, also one for each query; None means streaming.
 
     Returns:
         bool, the broadcast shape.

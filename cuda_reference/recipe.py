@@ -13,6 +13,7 @@ from cuda_reference.schedules import Schedules
 from flux_mlx.spec import PatternConfig, RouterConfig
 
 RECIPES = Path(__file__).parent / "recipes"
+LOSSES = ("nll", "kl")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class DataConfig:
         row_tokens: Tokens of a packed row: the batch of one process and one micro-step. A multiple of 128.
         micro_steps: Rows for one optimiser step and process.
         text_chars: Characters of code and of prose to collect.
+        truncated_share: Share of the made-up samples whose routers read a random first part of the prompt, as those of
+            an early chunk do in stock prefill.
         jsonl: A user's own samples instead: lines {"prompt": .., "answer": .., "task": ..}.
     """
 
@@ -34,6 +37,7 @@ class DataConfig:
     row_tokens: int = 65536
     micro_steps: int = 1
     text_chars: int = 40_000_000
+    truncated_share: float = 0.0
     jsonl: str = ""
 
 
@@ -66,8 +70,12 @@ class Recipe:
         targets: Task to target Omega.
         hard: Straight-through routes; False trains the soft mixture.
         by_head: Routes for heads instead of layers (a baseline; such routers cannot be shipped).
+        loss: "nll", of the answers, as published; "kl", divergence from the backbone with every layer full.
         calibration_rows: Rows of training data whose pooled queries set the routers' start (`calibration`); 0 keeps
             PyTorch's usual start.
+        start: Task to the full layers that the routers are fitted to before training (`calibration.fit_masks`), on
+            the calibration rows; empty: no fit.
+        start_confidence: p that the fit aims at for each decision: what is left to explore.
         gradient_checkpointing: Recompute layers in the backward pass.
         pattern, router, schedules, data, optimiser: See the classes.
     """
@@ -76,7 +84,10 @@ class Recipe:
     targets: Mapping[str, float] = field(default_factory=dict)
     hard: bool = True
     by_head: bool = False
+    loss: str = "nll"
     calibration_rows: int = 0
+    start: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    start_confidence: float = 0.9
     gradient_checkpointing: bool = False
     pattern: PatternConfig = field(default_factory=PatternConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
@@ -85,6 +96,15 @@ class Recipe:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
 
     def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"[Recipe] loss must be one of {list(LOSSES)}, got {self.loss!r}.")
+        if self.start and (not self.calibration_rows or set(self.start) != set(self.targets) or self.by_head):
+            raise ValueError(
+                f"[Recipe] start needs calibration_rows, routes of layers and full layers for {sorted(self.targets)}, "
+                f"got calibration_rows {self.calibration_rows}, by_head {self.by_head} and {sorted(self.start)}."
+            )
+        if not 0.5 < self.start_confidence < 1.0:
+            raise ValueError(f"[Recipe] start_confidence must lie in (0.5, 1), got {self.start_confidence!r}.")
         missing = sorted(set(self.data.tasks) - set(self.targets))
         if missing or not self.targets:
             raise ValueError(f"[Recipe] expected a target for every task, got none for {missing or 'any'}.")

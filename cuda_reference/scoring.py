@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from cuda_reference.data_packing import Pack, pack, packed_tokens
 from cuda_reference.data_prompts import TASKS, Sample
-from cuda_reference.packed_model import PackedModel
+from cuda_reference.packed_model import PackedModel, Routing
 
 Policy = str | torch.Tensor
 """"auto" (the routers decide), "full", "sparse", or a static mask: bool `[model layers]`, True is full."""
@@ -23,16 +23,18 @@ class Score:
     Args:
         nll: Mean NLL of the answer's tokens, natural log.
         chosen: Index of the candidate with the greatest likelihood (0 is right); -1 without candidates.
-        omega: Share of sparse layers (heads).
-        full: Routes, one bool for each layer (by head: the share of full heads), True is full.
-        margin: Least distance of a layer's logits, |logit 1 - logit 0|; nan with a static policy.
+        exact: Whether each token of the answer is the likeliest after those before it: greedy decoding gives it.
+        omega: Share of sparse layers (heads) that the sample ends with.
+        full: Routes, one number for each routed layer, 1.0 is full (by head: the share of full heads).
+        gaps: logit 1 - logit 0 of each routed layer; empty with a static policy and by head.
     """
 
     nll: float
     chosen: int
+    exact: bool
     omega: float
     full: tuple[float, ...]
-    margin: float
+    gaps: tuple[float, ...] = ()
 
 
 def rows_of(samples: Sequence[Sample], row_tokens: int) -> Iterator[list[int]]:
@@ -54,7 +56,11 @@ def rows_of(samples: Sequence[Sample], row_tokens: int) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def score(
-    model: PackedModel, samples: Sequence[Sample], policy: Policy = "auto", row_tokens: int = 65536
+    model: PackedModel,
+    samples: Sequence[Sample],
+    policy: Policy = "auto",
+    row_tokens: int = 65536,
+    chunk_tokens: int = 0,
 ) -> list[Score]:
     """Score samples, in their order.
 
@@ -63,37 +69,54 @@ def score(
         samples: Any number.
         policy: Who routes.
         row_tokens: Tokens of a packed row; a sample with its candidates must fit.
+        chunk_tokens: With "auto": route each chunk anew, as stock prefill with this step does; 0 routes exactly.
     """
     scores: list[Score] = []
     tasks = tuple({*TASKS, *(s.task for s in samples)})
     device = next(model.parameters()).device
+    chunks = chunk_tokens if isinstance(policy, str) and policy == "auto" else 0
     for row in rows_of(samples, row_tokens):
         batch = [samples[i] for i in row]
-        packed = pack(batch, tasks, model.config.router.pool_tokens, row_tokens, candidates=True).to(device)
-        scores += _score_pack(model, packed, batch, policy)
+        pool_tokens = model.config.router.pool_tokens
+        packed = pack(batch, tasks, pool_tokens, row_tokens, candidates=True, chunk_tokens=chunks).to(device)
+        logits, routing = model(packed, forced=forced_routes(model, packed, policy))
+        scores += _scores(logits, routing, packed, batch)
     return scores
 
 
-def _score_pack(model: PackedModel, packed: Pack, batch: list[Sample], policy: Policy) -> list[Score]:
-    logits, routing = model(packed, forced=_forced(model, packed, policy))
+def _scores(logits: torch.Tensor, routing: Routing, packed: Pack, batch: list[Sample]) -> list[Score]:
     nll = functional.cross_entropy(logits.float(), packed.loss_targets, reduction="none")
     branches = 1 + max(len(s.candidates) for s in batch)
     key = packed.loss_sample * branches + packed.loss_branch
-    sums = torch.zeros(len(batch) * branches, device=nll.device).index_add(0, key, nll).view(-1, branches).cpu()
-    full = torch.stack([routing.z[layer].mean(0) for layer in sorted(routing.z)], dim=1).cpu()
-    gaps = [(part[:, 1] - part[:, 0]).view(-1, len(batch)).abs().amin(0) for part in routing.logits.values()]
-    margins = torch.stack(gaps).amin(0).tolist() if gaps else [float("nan")] * len(batch)
+    sums, wrong = (torch.zeros(len(batch) * branches, device=nll.device) for _ in range(2))
+    sums = sums.index_add(0, key, nll).view(-1, branches).cpu()
+    missed = (logits.argmax(-1) != packed.loss_targets).float()
+    wrong = wrong.index_add(0, key, missed).view(-1, branches)[:, 0].tolist()
+    full = routing.shares().T.cpu()
+    gaps = _gaps(routing, packed)
     found = []
     for i, sample in enumerate(batch):
         count = len(sample.candidates)
         chosen = int(sums[i, :count].argmin()) if count else -1
         mean = float(sums[i, 0]) / len(sample.answer)
-        found.append(Score(mean, chosen, 1.0 - float(full[i].mean()), tuple(full[i].tolist()), margins[i]))
+        found.append(Score(mean, chosen, wrong[i] == 0, 1.0 - float(full[i].mean()), tuple(full[i].tolist()), gaps[i]))
     return found
 
 
-def _forced(model: PackedModel, packed: Pack, policy: Policy) -> torch.Tensor | None:
-    """A policy as `Routing.forced`."""
+def _gaps(routing: Routing, packed: Pack) -> list[tuple[float, ...]]:
+    """logit 1 - logit 0 of each sample's final decisions by layer; empty tuples where nobody decided, and by head."""
+    if not routing.logits or routing.by_head:
+        return [()] * packed.samples
+    gaps = torch.stack([routing.logits[layer].diff(dim=1).squeeze(1) for layer in sorted(routing.logits)], dim=1)
+    return [tuple(row) for row in gaps[packed.final_group].tolist()]
+
+
+def forced_routes(model: PackedModel, packed: Pack, policy: Policy) -> torch.Tensor | None:
+    """A policy as `Routing.forced`.
+
+    Raises:
+        ValueError: Not a policy.
+    """
     if isinstance(policy, str) and policy == "auto":
         return None
     layers, device = len(model.backbone.get_decoder().layers), packed.tokens.device
@@ -101,4 +124,4 @@ def _forced(model: PackedModel, packed: Pack, policy: Policy) -> torch.Tensor | 
         if policy not in ("full", "sparse"):
             raise ValueError(f"[score] policy must be auto, full, sparse or a mask, got {policy!r}.")
         policy = torch.full((layers,), policy == "full")
-    return policy.to(device)[:, None].expand(layers, packed.samples)
+    return policy.to(device)[:, None].expand(layers, packed.groups)

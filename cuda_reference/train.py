@@ -38,8 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--spread", choices=("ddp", "fsdp"), default="ddp", help="with torchrun")
     parser.add_argument("--workers", type=int, default=0, help="processes that make batches")
+    parser.add_argument("--text-cache", type=Path, help="file of encoded text: read if it exists, else written")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--stop-after", type=float, default=float("inf"), help="seconds after which to save and stop")
+    parser.add_argument("--half", action="store_true", help="write the routers as float16, as they are shipped")
     parser.add_argument("--compile", action="store_true", help="compile MLPs and norms (CUDA)")
     return parser
 
@@ -120,11 +122,11 @@ def train(args: argparse.Namespace, recipe: Recipe, world: World) -> Trainer:
     micro, steps = recipe.data.micro_steps, recipe.optimiser.steps
     last = steps * micro  # rows of this process
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    rows = training_rows(recipe, tokenizer, world.rank, world.ranks, args.workers)
+    rows = training_rows(recipe, tokenizer, world.rank, world.ranks, args.workers, args.text_cache)
     model = load_model(args.model, recipe, world.device, compiled=args.compile)
     found = load_checkpoint(args.out)
     if recipe.calibration_rows and not found:
-        calibrate_model(model, stream(rows, range(last, last + recipe.calibration_rows)), recipe.calibration_rows)
+        calibrate_model(model, stream(rows, range(last, last + recipe.calibration_rows)), recipe)
     trainer = Trainer(model, recipe, world, args.spread, next(model.backbone.parameters()).dtype)
     if found:
         trainer.load(*found)
@@ -139,7 +141,7 @@ def train(args: argparse.Namespace, recipe: Recipe, world: World) -> Trainer:
                 _show(bar, log.write(trainer.step, time.monotonic() - start, record, multipliers), recipe.tasks)
             late = _agreed(time.monotonic() - start > args.stop_after, world)
             if trainer.step % args.save_every == 0 or trainer.step == steps or late:
-                _save(args.out, trainer)
+                _save(args.out, trainer, torch.float16 if args.half else torch.float32)
             if late:
                 break
     if log is not None:
@@ -162,12 +164,12 @@ def _agreed(late: bool, world: World) -> bool:
     return bool(flag.item())
 
 
-def _save(out: Path, trainer: Trainer) -> None:
+def _save(out: Path, trainer: Trainer, dtype: torch.dtype) -> None:
     """Checkpoint and routers; all processes gather, the first writes."""
     state, routers = trainer.state(), trainer.full_routers()
     if trainer.world.leads:
         save_checkpoint(out, trainer.step, state)
-        save_routers(out / ROUTERS_NAME, routers, trainer.recipe, torch.float32)
+        save_routers(out / ROUTERS_NAME, routers, trainer.recipe, dtype)
     if trainer.world.ranks > 1:
         dist.barrier()
 

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from cuda_reference.data_packing import Pack
-from cuda_reference.objective import SparsityPenalty, logistic_noise, sample_nll, task_means
+from cuda_reference.objective import SparsityPenalty, logistic_noise, sample_divergence, sample_nll, task_means
 from cuda_reference.packed_model import PackedModel
 from cuda_reference.recipe import Recipe
 from flux_mlx.spec.config import ROUTER_INFIX
@@ -70,22 +70,33 @@ class Loss(nn.Module):
     Args:
         model: Backbone with routers.
         penalty: Sparsity penalty.
+        kind: One of `recipe.LOSSES`.
     """
 
-    def __init__(self, model: PackedModel, penalty: SparsityPenalty):
+    def __init__(self, model: PackedModel, penalty: SparsityPenalty, kind: str = "nll"):
         super().__init__()
-        self.model, self.penalty = model, penalty
+        self.model, self.penalty, self.kind = model, penalty, kind
 
     def forward(self, pack: Pack, noise: torch.Tensor, tau: float, hard: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of a pack and, detached, `[3, tasks]`: NLL by task, Omega by task, samples by task."""
+        teacher = self._teacher(pack) if self.kind == "kl" else None
         logits, routing = self.model(pack, noise=noise, tau=tau, hard=hard)
         nll = sample_nll(logits, pack.loss_targets, pack.loss_sample, pack.samples)
         omega = routing.omega()
-        loss = nll.mean() + self.penalty(omega, pack.task)
+        lost = nll
+        if teacher is not None:
+            lost = sample_divergence(logits, teacher, pack.loss_sample, pack.samples)
+        loss = lost.mean() + self.penalty(omega, pack.task)
         tasks = len(self.penalty.tasks)
         counts = torch.bincount(pack.task, minlength=tasks).float()
         by_task = [task_means(values.detach(), pack.task, tasks)[1].nan_to_num() * counts for values in (nll, omega)]
         return loss, torch.stack([*by_task, counts])
+
+    @torch.no_grad()
+    def _teacher(self, pack: Pack) -> torch.Tensor:
+        """Logits of the pack with every layer full."""
+        layers = len(self.model.backbone.get_decoder().layers)
+        return self.model(pack, forced=torch.ones(layers, pack.groups, dtype=torch.bool, device=pack.tokens.device))[0]
 
 
 def _shard(loss: Loss, dtype: torch.dtype) -> Loss:
@@ -113,7 +124,7 @@ class Trainer:
     def __init__(self, model: PackedModel, recipe: Recipe, world: World, spread: str, dtype: torch.dtype):
         self.recipe, self.world, self.step = recipe, world, 0
         penalty = SparsityPenalty(recipe.targets, torch.Generator().manual_seed(recipe.seed)).to(world.device)
-        self.loss: nn.Module = Loss(model, penalty)
+        self.loss: nn.Module = Loss(model, penalty, recipe.loss)
         self.penalty, self.model = penalty, model
         if world.ranks > 1 and spread == "fsdp":
             self.loss = _shard(self.loss, dtype)
@@ -163,7 +174,7 @@ class Trainer:
         """Noise of this step: the same again after a resume."""
         number = (self.step * self.recipe.data.micro_steps + micro) * self.world.ranks + self.world.rank
         generator = torch.Generator(self.world.device).manual_seed(self.recipe.seed * 1_000_003 + number)
-        return logistic_noise((self._layers, self.model.groups * pack.samples), generator)
+        return logistic_noise((self._layers, self.model.groups * pack.groups), generator)
 
     def _record(self, loss: torch.Tensor, by_task: torch.Tensor, norm: torch.Tensor) -> dict[str, Any]:
         """Numbers of the step over all processes: the sums stay on the device until they are read."""

@@ -40,6 +40,12 @@ def flux_settings(trained: bool) -> list[str]:
     return [*sizes, "--route", STATIC_FULL_LAYERS]
 
 
+def settings_hash(settings: list[str]) -> str:
+    """Names a directory: other settings, or other contents of a file among them, make another one."""
+    parts = [Path(part).read_bytes() if Path(part).is_file() else part.encode() for part in settings]
+    return hashlib.sha256(b" ".join(parts)).hexdigest()[:8]
+
+
 def main() -> None:
     """Fetch, convert, generate."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -48,7 +54,7 @@ def main() -> None:
     parser.add_argument("--trained", action="store_true", help="trained routers (experimental) in place of the list")
     args = parser.parse_args()
     settings = flux_settings(args.trained)
-    kind = hashlib.sha256(" ".join(settings).encode()).hexdigest()[:8]  # other settings make another directory
+    kind = settings_hash(settings)
     directory = args.models / f"smollm2-135m-flux-{kind}"
     if not directory.is_dir():
         gguf = fetch_gguf(args.models / "download")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,6 +55,19 @@ def test_every_sample_lies_whole_on_its_own_tiles():
         assert np.array_equal(packed.positions[rows], np.arange(len(rows)))
     assert packed.sample[-1] == 3
     assert (packed.branch == 0).all()
+
+
+def test_routers_may_read_a_first_part_of_the_prompt(maker, recipe):
+    data = replace(recipe.data, truncated_share=0.5)
+    whole, cut = (MadeUpRows(maker, replace(recipe, data=d))[3] for d in (recipe.data, data))
+    assert np.array_equal(whole.tokens, cut.tokens)
+    starts = np.flatnonzero(np.diff(whole.sample, prepend=-1))
+    ends = cut.pool_rows.amax(1).numpy() - starts + 1
+    full = whole.prompt_tokens.numpy() - 1
+    assert np.array_equal(whole.pool_rows.amax(1).numpy() - starts + 1, full)
+    assert (ends <= full).all()
+    assert (ends >= 2 * P).all()
+    assert 0 < (ends < full).sum() < len(full)
 
 
 def test_loss_entries_predict_the_answer_from_the_row_before():

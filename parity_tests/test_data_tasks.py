@@ -73,7 +73,11 @@ def test_needles_lie_at_their_depth(makers):
 
 def test_multi_kinds(makers):
     assert all(makers["test"].sample("multi", i, TOKENS, form="hops").form == "hops" for i in range(5))
-    assert all(makers["test"].sample("multi", i, TOKENS, form="keys").form != "hops" for i in range(5))
+    for form, facts in (("keys", 10), ("keys3", 3)):
+        sample = makers["test"].sample("multi", 2, TOKENS, form=form)
+        prompt = text(makers["test"], sample.tokens[: sample.prompt_tokens])
+        values = [text(makers["test"], c).strip() for c in sample.candidates]
+        assert sum(value in prompt for value in values) == facts
 
 
 def test_hops_are_answered_by_their_chain(makers):

@@ -14,7 +14,9 @@ from cuda_reference.data_text import (
     Document,
     build_corpora,
     collect,
+    load_corpora,
     read_documents,
+    save_corpora,
     split_of,
     without_repeats,
 )
@@ -115,3 +117,16 @@ def test_an_empty_corpus_is_refused():
     empty = Corpus(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
     with pytest.raises(ValueError, match="at least one line"):
         empty.window(np.random.default_rng(0), 3)
+
+
+def test_encoded_text_survives_a_file(tmp_path):
+    corpus = Corpus(np.arange(9, dtype=np.int32), np.array([0, 4]), np.array([0, 5]))
+    corpora = {(kind, split): corpus for kind in ("code", "prose") for split in SPLITS}
+    save_corpora(tmp_path / "new" / "text.npz", corpora)
+    found = load_corpora(tmp_path / "new" / "text.npz")
+    assert found.keys() == corpora.keys()
+    assert np.array_equal(found["prose", "test"].tokens, corpus.tokens)
+    assert np.array_equal(found["code", "train"].breaks, corpus.breaks)
+    (tmp_path / "bad").write_bytes(b"PK\x03\x04 something else")
+    with pytest.raises(ValueError, match="expected a file of save_corpora"):
+        load_corpora(tmp_path / "bad")

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from cuda_reference import baselines
+from cuda_reference import baselines, search
+from cuda_reference.cells import default_cells, shard_of
+from cuda_reference.checkpoints import save_routers
+from cuda_reference.contenders import policy_of, router_contenders, static_contender
 from cuda_reference.data_prompts import Sample
-from cuda_reference.evaluate import main, policy_of, route_statistics, summary
-from cuda_reference.packed_model import PackedModel
+from cuda_reference.evaluate import main
+from cuda_reference.model import generate
+from cuda_reference.packed_model import ATTENTION_NAME, PackedModel
+from cuda_reference.recipe import load_recipe
 from cuda_reference.scoring import Score, rows_of, score
+from cuda_reference.summaries import difference_bounds, equal_routes, route_statistics, summary
 from flux_mlx.spec import FluxConfig, PatternConfig, RouterConfig
 from parity_tests.test_data_packing import made
 from parity_tests.tiny_training import tiny_model, write_corpus, write_model
@@ -21,7 +28,7 @@ CONFIG = FluxConfig(PatternConfig(block_size=16, sink_tokens=16, window_tokens=4
 
 
 def scores(nlls, chosen, omega=0.5):
-    return [Score(n, c, omega, (1.0, 0.0), 1.0) for n, c in zip(nlls, chosen, strict=True)]
+    return [Score(n, c, c == 0, omega, (1.0, 0.0)) for n, c in zip(nlls, chosen, strict=True)]
 
 
 def test_summary_pairs_the_samples():
@@ -30,15 +37,40 @@ def test_summary_pairs_the_samples():
     found = summary(samples, ours, base)
     assert (found["samples"], found["nll"], found["nll_ratio"]) == (4, 2.5, 2.5 / 2)
     assert (found["accuracy"], found["accuracy_diff"], found["omega"]) == (0.5, -0.25, 0.5)
-    half = 1.96 * np.std([0, -1, 0, 0]) / 2
-    assert found["accuracy_diff_low"] == pytest.approx(-0.25 - half)
-    assert found["accuracy_diff_high"] == pytest.approx(-0.25 + half)
+    assert (found["exact"], found["exact_base"]) == (0.5, 0.75)
+    assert found["accuracy_diff_low"] <= found["accuracy_diff_bound"] <= -0.25 <= found["accuracy_diff_high"] <= 0.0
+    assert found["nll_ratio_low"] < 1.25 < found["nll_ratio_high"]
+
+
+def test_bounds_are_those_of_the_paired_difference():
+    difference = np.repeat([-1.0, 0.0, 1.0], [40, 940, 20])
+    found = difference_bounds(difference)
+    spread = difference.std() / np.sqrt(1000)
+    assert found["accuracy_diff"] == pytest.approx(-0.02)
+    assert found["accuracy_diff_bound"] == pytest.approx(-0.02 - 1.645 * spread, abs=0.1 * spread + 0.0005)
+    assert found["accuracy_diff_low"] == pytest.approx(-0.02 - 1.96 * spread, abs=0.1 * spread + 0.0005)
+    assert difference_bounds(np.zeros(50))["accuracy_diff_bound"] == 0.0
+
+
+def test_summary_counts_pairs_and_depths():
+    tokens = np.arange(4096)
+    samples = [Sample(tokens, 4090, "single", (tokens[4090:], tokens[:4]), depth) for depth in (0.05, 0.1, 0.95)]
+    ours, base = scores([1.0, 2.0, 3.0], [0, 1, 0], 0.75), scores([1.0, 1.0, 3.0], [0, 0, 1], 0.0)
+    found = summary(samples, ours, base, PatternConfig(block_size=64, sink_tokens=64, window_tokens=512))
+    dense = 4096 * 4097 / 2
+    assert 0.25 + 0.75 * 512 * 4096 / dense * 0.9 < found["pairs"] < 0.25 + 0.75 * 640 * 4096 / dense
+    first, last = found["by_depth"]
+    assert (first["depth"], first["samples"], first["accuracy"], first["accuracy_base"]) == (0.1, 2, 0.5, 1.0)
+    assert (last["samples"], last["accuracy"], last["accuracy_base"], last["nll_ratio"]) == (1, 1.0, 0.0, 1.0)
 
 
 def test_route_entropy_is_zero_for_equal_routes_and_one_for_even_ones():
-    alike, even = scores([1.0] * 4, [0] * 4), [Score(1.0, 0, 0.5, (float(i % 2),), 1.0) for i in range(4)]
+    alike, even = scores([1.0] * 4, [0] * 4), [Score(1.0, 0, True, 0.5, (float(i % 2),)) for i in range(4)]
     assert route_statistics(alike)["entropy_bits"] == pytest.approx(0.0, abs=1e-6)
-    assert route_statistics(even) == {"full_by_layer": [0.5], "entropy_bits": pytest.approx(1.0)}
+    found = route_statistics(even, shown=2)
+    assert found == {"full_by_layer": [0.5], "entropy_bits": pytest.approx(1.0), "routes": ["s", "F"]}
+    assert equal_routes(even, even) == 1.0
+    assert equal_routes(even, even[::-1]) == 0.0
 
 
 def test_static_masks_have_their_number_of_full_layers():
@@ -49,6 +81,44 @@ def test_static_masks_have_their_number_of_full_layers():
     assert policy_of("last:1", 4).tolist() == [False, False, False, True]
     assert policy_of("0,2-3", 5).tolist() == [True, False, True, True, False]
     assert policy_of("sparse", 5) == "sparse"
+    assert policy_of("[0, 3]", 5).tolist() == [True, False, False, True, False]
+
+
+def test_static_contenders_have_names_and_patterns():
+    found = static_contender("greedy=[0, 2]@triangle", 3, CONFIG)
+    assert (found.name, found.policy.tolist()) == ("greedy", [True, False, True])
+    assert (found.config.pattern.name, found.config.pattern.window_tokens) == ("triangle", 48)
+    assert static_contender("first:1", 3, CONFIG).name == "first:1"
+    sized = static_contender("sparse@window_tokens:96,sink_tokens:0", 3, CONFIG).config.pattern
+    assert (sized.name, sized.window_tokens, sized.sink_tokens, sized.block_size) == ("streaming", 96, 0, 16)
+    for text, message in (("auto", "--routers"), ("sparse@ring", "a pattern"), ("sparse@window_tokens", "a pattern")):
+        with pytest.raises(ValueError, match=message):
+            static_contender(text, 3, CONFIG)
+
+
+def test_router_files_bring_their_settings(tmp_path):
+    recipe = replace(load_recipe("smollm2"), by_head=True)
+    path = tmp_path / "x.safetensors"
+    save_routers(path, {"a": torch.zeros(1)}, recipe, torch.float16)
+    plain, chunked = router_contenders(f"mine={path}", CONFIG, [512])
+    assert (plain.name, plain.by_head, plain.chunk_tokens) == ("mine", True, 0)
+    assert plain.config.pattern == recipe.pattern
+    assert (chunked.name, chunked.chunk_tokens) == ("mine@512", 512)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        router_contenders(str(tmp_path / "y"), CONFIG)
+    path.write_bytes(b"x")
+    with pytest.raises(ValueError, match="no whole safetensors"):
+        router_contenders(str(path), CONFIG)
+
+
+def test_cells_are_shared_out():
+    cells = default_cells([2048, 8192], ["single", "multi-keys", "document"])
+    assert len(cells) == 2 * (3 + 2)
+    assert cells[0].name == "test/single/8192"
+    assert {c.name for i in range(3) for c in shard_of(cells, f"{i}/3")} == {c.name for c in cells}
+    assert [c.is_choice for c in cells[:3]] == [True, True, False]
+    with pytest.raises(ValueError, match="shard like"):
+        shard_of(cells, "4/4")
 
 
 @pytest.mark.parametrize("text", ["first:0", "first:31", "middle:3", "30", "x"])
@@ -61,6 +131,29 @@ def test_greedy_search_finds_the_layers_that_matter():
     worth = torch.tensor([5.0, 1.0, 0.0, 7.0, 0.5, 3.0])
     mask = baselines.greedy(6, 3, lambda mask: float(worth[~mask].sum()))
     assert mask.nonzero().flatten().tolist() == [0, 3, 5]
+
+
+def test_the_first_round_may_drop_many_layers():
+    worth = torch.tensor([5.0, 1.0, 0.0, 7.0, 0.5, 3.0])
+    masks = list(baselines.greedy_path(6, 2, lambda mask: float(worth[~mask].sum()), drop=3))
+    assert [mask.nonzero().flatten().tolist() for mask in masks] == [[0, 3, 5], [0, 3]]
+
+
+def test_the_search_finds_what_each_count_of_layers_costs(tmp_path, monkeypatch):
+    monkeypatch.setattr("cuda_reference.data_text.default_roots", lambda: {"site": tmp_path / "corpus"})
+    write_corpus(tmp_path / "corpus")
+    write_model(tmp_path / "model", layers=3)
+    out = tmp_path / "masks.json"
+    arguments = ["--model", str(tmp_path / "model"), "--out", str(out), "--device", "cpu", "--samples", "1"]
+    arguments += ["--tasks", "single", "--fewest", "1", "--shortest", "1700", "--row-tokens", "2048"]
+    sizes = ["data.text_chars=200000", "pattern.window_tokens=256", "data.longest_tokens=1800"]
+    search.main([*arguments, "--set", *sizes])
+    found = json.loads(out.read_text())
+    assert [len(found["masks"][count]) for count in ("2", "1")] == [2, 1]
+    assert set(found["masks"]["1"]) < set(found["masks"]["2"])
+    assert len(found["alone"]) == 3
+    assert min(found["alone"]) == pytest.approx(found["divergence"]["2"])
+    assert found["nll_ratio"]["1"] == pytest.approx(1.0, abs=0.2)
 
 
 def test_swaps_leave_a_trap_of_the_greedy_search():
@@ -102,9 +195,21 @@ def test_policies_route(model):
     assert [s.full for s in score(model, samples, mask, 1024)] == [(1.0, 0.0, 1.0)] * 2
     fresh = score(model, samples, "auto", 1024)
     assert [s.omega for s in fresh] == [0.0, 0.0]
-    assert [s.margin for s in fresh] == pytest.approx([4.5, 4.5])
+    assert [s.gaps for s in fresh] == [pytest.approx((4.5, 4.5, 4.5))] * 2
+    chunked = score(model, samples, "auto", 1024, chunk_tokens=128)
+    assert [s.full for s in chunked] == [s.full for s in fresh]
     with pytest.raises(ValueError, match="policy must be"):
         score(model, samples, "most", 1024)
+
+
+def test_exact_is_what_greedy_decoding_says(model):
+    prompt = made([150])[0].tokens
+    model.backbone.set_attn_implementation("flux")
+    said = generate(model.backbone, prompt.tolist(), 4, route="full").tokens
+    model.backbone.set_attn_implementation(ATTENTION_NAME)
+    right = Sample(np.concatenate([prompt, said]), 150, "single", (np.array(said), np.array([1, 2])))
+    wrong = Sample(np.concatenate([prompt, [*said[:3], said[3] ^ 1]]), 150, "single")
+    assert [s.exact for s in score(model, [right, wrong], "full", 1024)] == [True, False]
 
 
 def test_the_command_writes_every_cell(tmp_path, monkeypatch):
@@ -113,16 +218,25 @@ def test_the_command_writes_every_cell(tmp_path, monkeypatch):
     write_model(tmp_path / "model")
     out = tmp_path / "results.json"
     arguments = ["--model", str(tmp_path / "model"), "--out", str(out), "--device", "cpu", "--samples", "1"]
-    arguments += ["--lengths", "1700", "--row-tokens", "2048", "--policies", "first:1", "full"]
-    main([*arguments, "--set", "data.text_chars=200000", "pattern.window_tokens=256"])
-    cells = json.loads(out.read_text())["cells"]
-    assert {
-        "test/single-magic/1700",
-        "test/multi-hops/1700",
-        "test/document/1700",
-        "ood/multi-keys/1700",
-    } <= cells.keys()
-    assert all(set(cell) == {"full", "first:1"} for cell in cells.values())
+    arguments += ["--lengths", "1700", "--row-tokens", "2048", "--policies", "first:1", "full", "--generate", "1"]
+    arguments += ["--kinds", "single", "multi-keys", "icl"]
+    routers = PackedModel(tiny_model(), CONFIG).routers()
+    save_routers(tmp_path / "r.safetensors", routers, load_recipe("smollm2"), torch.float32)
+    arguments += ["--routers", f"mine={tmp_path / 'r.safetensors'}", "--chunks", "512", "--keep-scores"]
+    settings = ["--set", "data.text_chars=200000", "pattern.window_tokens=256"]
+    main([*arguments, "--text-cache", str(tmp_path / "text.npz"), *settings])
+    results = json.loads(out.read_text())
+    cells = results["cells"]
+    kinds = {"test/single/1700", "test/multi-keys/1700", "test/icl/1700", "ood/single/1700", "ood/multi-keys/1700"}
+    assert cells.keys() == kinds
+    assert all(set(cell) == {"full", "first:1", "mine", "mine@512"} for cell in cells.values())
     assert cells["test/single/1700"]["first:1"]["omega"] == 0.5
-    with pytest.raises(SystemExit, match="needs --routers"):
-        main([*arguments[:-2], "auto"])
+    assert cells["test/single/1700"]["mine@512"]["routes_as_exact"] == 1.0
+    assert set(results["forms"]["test/multi-keys/1700"]) <= {"keys", "keys4", "keys3", "keys2"}
+    assert results["generation"]["test/single/1700"]["mine"]["as_teacher_forced"] == 1.0
+    assert len(results["scores"]["test/icl/1700"]["mine"][0]["gaps"]) == 2
+    monkeypatch.setattr("cuda_reference.data_text.default_roots", dict)  # the second run reads the cache
+    main([*arguments[:-5], "--text-cache", str(tmp_path / "text.npz"), "--shard", "2/5", "--no-base", *settings])
+    assert json.loads(out.read_text())["cells"].keys() == {"test/icl/1700"}
+    with pytest.raises(ValueError, match="needs --routers"):
+        main([*arguments[:-5], "--policies", "auto"])

@@ -11,6 +11,7 @@ from cuda_reference.data_prompts import TASKS, Sample
 from cuda_reference.model import Routing, attach
 from cuda_reference.packed_attention import PackedAttention, _pack_tables
 from cuda_reference.packed_model import PackedModel
+from cuda_reference.xattention import select_blocks
 from flux_mlx.spec import FluxConfig, PatternConfig, Route, RouterConfig, full_attention, sparse_attention
 from parity_tests.test_data_packing import made
 from parity_tests.tiny_training import tiny_model
@@ -100,10 +101,18 @@ def test_tables_by_key_are_the_transpose():
     )
 
 
-@pytest.fixture(scope="module")
-def model():
+PATTERNS = {
+    "streaming": PATTERN,
+    "triangle": PatternConfig("triangle", block_size=16, sink_tokens=16, window_tokens=48, last_tokens=20),
+    "xattention": PatternConfig("xattention", block_size=64, sink_tokens=64, window_tokens=64, stride=8, threshold=0.5),
+}
+
+
+@pytest.fixture
+def model(request):
     torch.manual_seed(5)
-    model = PackedModel(tiny_model(layers=3), CONFIG)
+    pattern = PATTERNS[getattr(request, "param", "streaming")]
+    model = PackedModel(tiny_model(layers=3), FluxConfig(pattern, CONFIG.router))
     for name, parameter in model.routers().items():
         if "head.4.weight" in name:
             torch.nn.init.normal_(parameter, std=30.0)
@@ -112,13 +121,14 @@ def model():
 
 def unpacked(model, sample, route):
     """Logits and routes of one sample by `model.Routing`, on a copy with the unpacked attention function."""
-    stock = attach(tiny_model(layers=3), FluxConfig(PATTERN, CONFIG.router, route=route))
+    stock = attach(tiny_model(layers=3), FluxConfig(model.config.pattern, CONFIG.router, route=route))
     stock.load_state_dict(model.backbone.state_dict())
     routing = Routing(stock.flux, [sample.prompt_tokens])
     logits = stock(torch.from_numpy(sample.tokens).long()[None], routing=routing, use_cache=False).logits[0]
     return logits, routing
 
 
+@pytest.mark.parametrize("model", PATTERNS, indirect=True)
 @torch.no_grad()
 def test_packed_samples_are_those_of_the_unpacked_model(model):
     samples = [Sample(s.tokens, s.prompt_tokens, s.task) for s in made([150, 333, 90, 260])]
@@ -148,6 +158,48 @@ def test_candidates_score_as_if_each_were_the_answer(model):
         stock, _ = unpacked(model, alone, (0,))
         mine = logits[packed.loss_branch == branch]
         assert torch.allclose(mine, stock[len(prompt) - 1 : -1], atol=2e-5)
+
+
+@torch.no_grad()
+def test_chunks_are_routed_one_by_one(model):
+    """Against the unpacked model, to which each prefix is a prompt of its own, on the newest chunk's route."""
+    samples = made([150, 2 * TILE + 9 + 5, 3 * TILE])  # the second's last chunk of 9 - 1 prompt tokens is too short
+    packed = pack(samples, TASKS, 10, 9 * TILE, chunk_tokens=TILE)
+    assert packed.groups == 2 + 2 + 3
+    assert packed.final_group.tolist() == [1, 3, 6]
+    _, flux = model(packed)
+    _, exact = model(pack(samples, TASKS, 10, 9 * TILE))
+    first = pack([Sample(s.tokens[: TILE + 2], TILE + 1, s.task) for s in samples], TASKS, 10, 6 * TILE)
+    _, prefix = model(first)
+    for layer in range(3):
+        of_first = flux.logits[layer][[0, 2, 4]]
+        assert torch.allclose(of_first, prefix.logits[layer], atol=1e-4)
+    assert torch.allclose(flux.logits[0][packed.final_group[[0, 2]]], exact.logits[0][[0, 2]], atol=1e-4)
+    assert not torch.allclose(flux.logits[0][3], exact.logits[0][1], atol=1e-4)
+    assert torch.equal(flux.shares()[:, 0], flux.full_layers()[:, 0, 1].float())
+
+
+def test_chunks_have_no_gradient(model):
+    packed = pack(made([300]), TASKS, 10, 3 * TILE, chunk_tokens=TILE)
+    with pytest.raises(ValueError, match="one for each chunk"):
+        model(packed)
+    with pytest.raises(ValueError, match="multiple of 128"):
+        pack(made([300]), TASKS, 10, 3 * TILE, chunk_tokens=100)
+
+
+def test_xattention_chooses_within_each_prompt(model):
+    samples = made([200, 333])
+    packed = pack(samples, TASKS, 10, 5 * TILE)
+    attention = PackedAttention(packed, PATTERNS["xattention"])
+    q, k, _ = qkv(5 * TILE, torch.float32)
+    kept = attention.kept_blocks(q, k)
+    start, tokens = 2 * TILE, samples[1].prompt_tokens - 1
+    alone = select_blocks(*(x[:, :, start : start + tokens] for x in (q, k)), PATTERNS["xattention"])[0]
+    assert torch.equal(kept[:, 4:10, 4:10], alone)
+    assert 0.2 < float(alone.tril().float().sum() / (HQ * 21)) < 1.0
+    assert not kept[:, 4:, :4].any()
+    with pytest.raises(ValueError, match="must divide 128"):
+        PackedAttention(packed, PatternConfig("xattention", block_size=48))
 
 
 def test_only_routers_have_gradients(model):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from cuda_reference.calibration import SILU_SECOND_MOMENT, calibrate, calibrate_model, pooled_queries
+from cuda_reference.calibration import SILU_SECOND_MOMENT, calibrate, calibrate_model, fit_masks, pooled_queries
 from cuda_reference.data_packing import TILE, pack
 from cuda_reference.data_prompts import TASKS
 from cuda_reference.packed_model import PackedModel
+from cuda_reference.recipe import load_recipe
 from cuda_reference.router import LayerRouter, pool_queries
 from flux_mlx.spec import FluxConfig, PatternConfig, RouterConfig
 from parity_tests.test_data_packing import made
@@ -62,7 +65,8 @@ def test_pooled_queries_are_those_of_the_prompts():
     model = PackedModel(tiny_model(), config)
     samples = made([100, 150])
     row = pack(samples, TASKS, 10, 3 * TILE)
-    found = pooled_queries(model, iter([row, row]), 2)
+    found, task = pooled_queries(model, iter([row, row]), 2)
+    assert task.tolist() == [0, 1, 0, 1]
     assert {layer: tuple(x.shape) for layer, x in found.items()} == {0: (4, 8), 1: (4, 8)}
     embedded = model.backbone.model.embed_tokens(
         torch.from_numpy(samples[1].tokens[: samples[1].prompt_tokens - 1]).long()
@@ -71,5 +75,20 @@ def test_pooled_queries_are_those_of_the_prompts():
     queries = layer.self_attn.q_proj(layer.input_layernorm(embedded)).view(1, -1, 6, 8)
     assert torch.allclose(found[0][1], pool_queries(queries, 10)[0], atol=1e-6)
     before = [p.clone() for p in model.routers().values()]
-    calibrate_model(model, iter([row, row]), 2)
+    calibrate_model(model, iter([row, row]), replace(load_recipe("smollm2"), calibration_rows=2, start={}))
     assert any(not torch.equal(a, b) for a, b in zip(before, model.routers().values(), strict=True))
+
+
+def test_a_fitted_start_decides_as_its_masks_say():
+    torch.manual_seed(0)
+    routers = {layer: LayerRouter(D, RouterConfig(init_bias=1.5)) for layer in range(3)}
+    task = torch.arange(40) % 2
+    x = pooled(40) + 0.02 * task[:, None]  # two kinds of prompts, a standard deviation apart
+    for router in routers.values():
+        calibrate(router, x)
+    masks = torch.tensor([[True, False, True], [False, False, True]])
+    agreement = fit_masks(routers, dict.fromkeys(routers, x), task, masks, 0.9)
+    gaps = torch.stack([router(x).diff(dim=1).squeeze(1).detach() for router in routers.values()], dim=1)
+    assert agreement == float(((gaps > 0) == masks[task]).float().mean()) == 1.0
+    assert gaps.sigmoid().clamp(0.5).mean() < 0.95
+    assert all(p.grad is None for p in routers[0].parameters())

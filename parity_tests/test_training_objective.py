@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from cuda_reference.objective import SparsityPenalty, gumbel_route, logistic_noise, sample_nll, task_means
+from cuda_reference.objective import (
+    SparsityPenalty,
+    gumbel_route,
+    logistic_noise,
+    sample_divergence,
+    sample_nll,
+    task_means,
+)
 from cuda_reference.recipe import load_recipe, recipe_from_dict
 from cuda_reference.schedules import Schedules
 
@@ -78,6 +85,18 @@ def test_sample_nll_weighs_samples_not_tokens():
     assert nll.tolist() == pytest.approx([(math.log(2) + math.log(4)) / 2, -math.log(0.9)])
 
 
+def test_divergence_is_of_the_teacher_and_vanishes_on_it():
+    teacher = torch.log(torch.tensor([[0.5, 0.5], [0.25, 0.75], [0.9, 0.1]]))
+    ours = torch.log(torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.6, 0.4]])).requires_grad_()
+    sample = torch.tensor([0, 0, 1])
+    found = sample_divergence(ours, teacher, sample, 2, rows=2)
+    second = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    assert found.tolist() == pytest.approx([second / 2, 0.9 * math.log(1.5) + 0.1 * math.log(0.25)], abs=1e-6)
+    found.sum().backward()
+    assert torch.allclose(ours.grad[0], torch.zeros(2), atol=1e-7)
+    assert sample_divergence(teacher, teacher, sample, 2).abs().max() < 1e-6
+
+
 def test_schedules_reach_their_ends():
     s = Schedules(noise_share=0.7, warmup_share=0.2, lr_floor=0.1)
     assert (s.tau(0), s.tau(0.6), s.tau(1)) == (1.5, 1.0, 1.0)
@@ -103,6 +122,9 @@ def test_shipped_recipes_are_read(name):
     [
         ("optimiser.stepz=1", "no settings"),
         ("targets.code=2.0", "lie in"),
+        ('loss="mse"', "loss must be"),
+        ("start={single=[1]}", "start needs"),
+        ("start_confidence=0.5", "start_confidence must"),
         ("data.tasks.poetry=1", "target for every task"),
         ("seed", "name=value"),
         ("seed=one", "not TOML"),

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from cuda_reference.checkpoints import checkpoints, load_checkpoint, load_routers, save_checkpoint
+from cuda_reference.data_prompts import TASKS
 from cuda_reference.train import LOG_NAME, ROUTERS_NAME, main
 from flux_mlx.spec import RouterConfig
 from parity_tests.tiny_training import write_corpus, write_model
@@ -28,6 +29,7 @@ SETTINGS = [
     "calibration_rows=2",
     "data.text_chars=200000",
     "pattern.window_tokens=256",
+    'loss="kl"',
 ]
 LAUNCH = """
 import sys
@@ -182,6 +184,18 @@ def test_two_processes_train_and_both_ways_agree(spread_runs):
 def test_two_processes_see_other_data_than_one(spread_runs, whole):
     one = load_file(whole / ROUTERS_NAME)
     assert any(not torch.equal(one[name], spread_runs["ddp"][0][name]) for name in one)
+
+
+def test_a_run_may_start_from_masks_and_follow_the_backbone(home, local_text):
+    """With a fitted start the first step's Omega is that of the masks; the loss is the divergence from all full."""
+    masks = "{" + ", ".join(f"{task} = [{int(task in ('single', 'multi'))}]" for task in TASKS) + "}"
+    out = home / "fitted"
+    settings = [f"start={masks}", "optimiser.lr=1e-5", "start_confidence=0.999", "optimiser.steps=1"]
+    main(arguments(home, out, *settings, "calibration_rows=4"))
+    (row,) = read_log(out)
+    omegas = [float(row[f"omega_{task}"]) for task in TASKS if row[f"omega_{task}"]]
+    assert sum(omegas) / len(omegas) == pytest.approx(0.5, abs=0.2)
+    assert float(row["loss"]) < 2.0 < min(float(row[f"nll_{task}"]) for task in TASKS if row[f"nll_{task}"])
 
 
 def test_users_own_samples(home, tmp_path):
