@@ -19,7 +19,7 @@ import mlx.core as mx
 from flux_mlx import kernels, spec
 from flux_mlx.spec import PatternConfig, Route
 from metal_kernels import operations
-from metal_kernels.catalog import Launch
+from metal_kernels.catalog import KERNELS, Launch
 from parity_tests.host_shim import text
 from parity_tests.host_shim.run import as_array, dtype_name
 
@@ -28,8 +28,9 @@ STREAMING = PatternConfig()
 SMALL = PatternConfig(block_size=48, sink_tokens=40, window_tokens=90)
 XATTENTION = PatternConfig(name="xattention", block_size=64, stride=16)
 LONG = 65536
+DENSE, TOKENS_FIRST, CHANNELS_APART = (0, 1, 2, 3), (0, 2, 1, 3), (0, 3, 2, 1)  # orders of the axes in memory
 
-# name, (B, HQ, HKV, L, S, D), dtype, pattern (None: full), kind
+# name, (B, HQ, HKV, L, S, D), dtype, pattern (None: full), kind, and if need be the order of the axes in memory, splits
 ATTENTION = (
     ("full", (1, 2, 1, 100, 333, 64), "float32", None, "prefill"),
     ("streaming", (2, 4, 2, 100, 333, 80), "float16", SMALL, "prefill"),
@@ -38,12 +39,26 @@ ATTENTION = (
     ("table", (1, 2, 1, 150, 333, 96), "float16", SMALL, "table"),
     ("full decode", (2, 8, 2, 1, 1000, 128), "float16", None, "decode"),
     ("streaming decode", (1, 6, 2, 5, 1000, 80), "bfloat16", SMALL, "decode"),
+    ("full decode in pieces", (2, 6, 2, 3, 1000, 80), "float32", None, "decode", DENSE, 5),
+    ("streaming, tokens first", (2, 4, 2, 100, 333, 80), "float16", SMALL, "prefill", TOKENS_FIRST),
+    ("full, channels apart", (2, 3, 1, 100, 333, 64), "bfloat16", None, "prefill", CHANNELS_APART),
+    ("streaming decode, channels apart", (1, 6, 2, 5, 1000, 80), "float16", SMALL, "decode", CHANNELS_APART),
     ("full 64K", (1, 2, 1, LONG, LONG, 64), "float16", None, "prefill"),
     ("streaming 64K", (1, 4, 2, LONG, LONG, 128), "bfloat16", STREAMING, "prefill"),
     ("streaming 64K", (1, 2, 1, LONG, LONG, 64), "float32", STREAMING, "prefill"),
     ("table 64K", (1, 2, 1, LONG, LONG, 128), "float16", STREAMING, "table"),
     ("full decode 64K", (1, 32, 8, 1, LONG, 128), "float16", None, "decode"),
     ("streaming decode 64K", (1, 32, 8, 4, LONG, 128), "bfloat16", STREAMING, "decode"),
+)
+
+# (B, L, HQ, D), dtype, pooled tokens
+ROUTERS = (((3, 230, 5, 128), "bfloat16", 100), ((2, 9, 4, 80), "float16", 100), ((1, LONG, 8, 64), "float32", 100))
+# (B, HQ, HKV, L, S, D), dtype
+MASSES = (
+    ((2, 4, 2, 150, 333, 80), "bfloat16"),
+    ((1, 2, 1, 333, 333, 128), "float16"),
+    ((1, 2, 1, 4096, 4096, 128), "float16"),
+    ((1, 1, 1, LONG, LONG, 64), "float16"),
 )
 
 
@@ -119,11 +134,18 @@ class Compiler:
 
 
 def attention_case(
-    compiler: Compiler, name: str, sizes: tuple[int, ...], dtype: str, pattern: PatternConfig | None, kind: str
+    compile_text: Callable[[str], str],
+    name: str,
+    sizes: tuple[int, ...],
+    dtype: str,
+    pattern: PatternConfig | None,
+    kind: str,
+    axes: tuple[int, ...] = DENSE,
+    splits: int | None = None,
 ) -> dict:
     """One attention call: its launches, and what the oracle needs."""
     batch, q_heads, kv_heads, q_tokens, kv_tokens, head_dim = sizes
-    recorder = Recorder(compiler)
+    recorder = Recorder(compile_text)
     q = mx.zeros((batch, q_heads, q_tokens, head_dim), getattr(mx, dtype))
     k = mx.zeros((batch, kv_heads, kv_tokens, head_dim), getattr(mx, dtype))
     table: list[Any] = []
@@ -135,7 +157,7 @@ def attention_case(
     else:
         route = (int(Route.FULL if pattern is None else Route.SPARSE),) * batch
         rule = operations.FULL_RULE if pattern is None else kernels.rule_of(pattern, None)
-        options = {"dtype": dtype, "route": route, "rule": rule, "scale": head_dim**-0.5}
+        options = {"dtype": dtype, "route": route, "rule": rule, "scale": head_dim**-0.5, "splits": splits}
         operations.attention(recorder, q, k, k, **options)
     words = None if pattern is None else [pattern.block_size, pattern.sink_blocks, pattern.window_blocks]
     return {
@@ -143,22 +165,46 @@ def attention_case(
         "kind": "attention",
         "dtype": dtype,
         "sizes": sizes,
+        "axes": axes,
         "rule": words,
         "table": {"block_size": pattern.block_size, "kept": "streaming"} if table else None,
         "steps": recorder.steps,
     }
 
 
-def mass_case(compiler: Compiler, q_tokens: int, kv_tokens: int) -> dict:
+def router_case(compile_text: Callable[[str], str], shape: tuple[int, ...], dtype: str, pool_tokens: int) -> dict:
+    """One layer's router: pool, then decide."""
+    recorder = Recorder(compile_text)
+    shapes = spec.RouterConfig.parameter_shapes(shape[3])
+    weights = {name: mx.zeros(size, getattr(mx, dtype)) for name, size in shapes.items()}
+    kernels.route_layer(mx.zeros(shape, getattr(mx, dtype)), weights, pool_tokens, run=recorder)
+    case = {"name": f"router {dtype} D {shape[3]}", "kind": "router", "dtype": dtype, "sizes": shape}
+    return case | {"pool_tokens": pool_tokens, "steps": recorder.steps}
+
+
+def mass_case(compile_text: Callable[[str], str], sizes: tuple[int, ...], dtype: str) -> dict:
     """XAttention's block mass."""
-    recorder = Recorder(compiler)
-    q, k = mx.zeros((1, 2, q_tokens, 128), mx.float16), mx.zeros((1, 1, kv_tokens, 128), mx.float16)
+    batch, q_heads, kv_heads, q_tokens, kv_tokens, head_dim = sizes
+    recorder = Recorder(compile_text)
+    q = mx.zeros((batch, q_heads, q_tokens, head_dim), getattr(mx, dtype))
+    k = mx.zeros((batch, kv_heads, kv_tokens, head_dim), getattr(mx, dtype))
     kernels.block_mass(q, k, XATTENTION, run=recorder)
-    sizes = (1, 2, 1, q_tokens, kv_tokens, 128)
-    blocks = [XATTENTION.block_size, XATTENTION.stride]
-    return {"name": "block mass", "kind": "mass", "dtype": "float16", "sizes": sizes, "blocks": blocks} | {
-        "steps": recorder.steps
+    case = {
+        "name": f"block mass of {kv_tokens} {dtype} D {head_dim}",
+        "kind": "mass",
+        "dtype": dtype,
+        "sizes": sizes,
+        "axes": DENSE,
     }
+    return case | {"blocks": [XATTENTION.block_size, XATTENTION.stride], "steps": recorder.steps}
+
+
+def all_cases(compile_text: Callable[[str], str], most_tokens: int = LONG) -> dict[str, Any]:
+    """What cases.json holds: every kernel of the catalogue by name, and the calls of up to `most_tokens` keys."""
+    cases = [attention_case(compile_text, *case) for case in ATTENTION if case[1][4] <= most_tokens]
+    cases += [router_case(compile_text, *case) for case in ROUTERS if case[0][1] <= most_tokens]
+    cases += [mass_case(compile_text, *case) for case in MASSES if case[0][4] <= most_tokens]
+    return {"kernels": sorted(KERNELS), "cases": cases}
 
 
 def main() -> None:
@@ -169,9 +215,7 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     compiler = Compiler(options.folder, options.arch)
-    cases = [attention_case(compiler, *case) for case in ATTENTION]
-    cases += [mass_case(compiler, 150, 333), mass_case(compiler, 4096, 4096)]
-    (options.folder / "cases.json").write_text(json.dumps(cases, indent=1))
+    (options.folder / "cases.json").write_text(json.dumps(all_cases(compiler), indent=1))
 
 
 if __name__ == "__main__":
