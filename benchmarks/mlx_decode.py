@@ -33,7 +33,7 @@ def filled_cache(model: nn.Module, shape: AttentionShape, tokens: int) -> list[A
     cache = make_prompt_cache(model)
     for entry in cache:
         kv = getattr(entry, "kv", entry)
-        kv.update_and_fetch(*(shape.random(shape.kv_heads, tokens) for _ in range(2)))
+        kv.update_and_fetch(*(shape.keys(tokens) for _ in range(2)))
         mx.eval(kv.state)
     return cache
 

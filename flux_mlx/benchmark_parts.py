@@ -50,11 +50,18 @@ class AttentionShape:
         dtype = (projection.scales if "scales" in projection else projection.weight).dtype
         return cls(len(layers), attn.n_heads, attn.n_kv_heads, attn.pooled_dim, dtype, batch)
 
-    def random(self, heads: int, tokens: int) -> mx.array:
-        """Normal `[B, heads, tokens, D]`, evaluated."""
-        x = mx.random.normal((self.batch, heads, tokens, self.head_dim), self.dtype)
+    def keys(self, tokens: int) -> mx.array:
+        """Random keys or values `[B, HKV, tokens, D]`."""
+        x = mx.random.normal((self.batch, self.kv_heads, tokens, self.head_dim), self.dtype)
         mx.eval(x)
         return x
+
+    def queries(self, tokens: int) -> mx.array:
+        """Random queries `[B, HQ, tokens, D]`, laid out in memory as projection and RoPE leave them in a model."""
+        x = mx.random.normal((self.batch, tokens, self.q_heads, self.head_dim), self.dtype).swapaxes(1, 2)
+        q = mx.fast.rope(x, self.head_dim, traditional=False, base=1e4, scale=1.0, offset=0)
+        mx.eval(q)
+        return q
 
     def kv_bytes(self, tokens: int) -> int:
         """Bytes of one layer's keys and values."""
@@ -100,10 +107,10 @@ def prefill_seconds(shape: AttentionShape, tokens: int, step: int, attends: dict
         attends: The kinds, by name; they are timed in turn on every chunk.
     """
     cuts = [*range(0, tokens - 1, step), tokens - 1]
-    keys, values = (shape.random(shape.kv_heads, tokens - 1) for _ in range(2))
+    keys, values = (shape.keys(tokens - 1) for _ in range(2))
     total = dict.fromkeys(attends, 0.0)
     for start, stop in itertools.pairwise(cuts):
-        q = shape.random(shape.q_heads, stop - start)
+        q = shape.queries(stop - start)
         k, v = KVCache().update_and_fetch(keys[:, :, :stop], values[:, :, :stop])
         mx.eval(k, v)
         for name, attend in attends.items():
@@ -119,10 +126,10 @@ def decode_seconds(shape: AttentionShape, tokens: int, attends: dict[str, Attend
     sets = max(1, min(_MAX_KEY_SETS, _CACHE_BYTES // shape.kv_bytes(tokens)))
     caches = []
     for _ in range(sets):
-        keys, values = (shape.random(shape.kv_heads, tokens) for _ in range(2))
+        keys, values = (shape.keys(tokens) for _ in range(2))
         caches.append(KVCache().update_and_fetch(keys, values))
         mx.eval(caches[-1])
-    q = shape.random(shape.q_heads, 1)
+    q = shape.queries(1)
     return {
         name: seconds_a_call(lambda x, index, a=attend: a(x, *caches[index % sets]), q)
         for name, attend in attends.items()
