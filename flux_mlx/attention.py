@@ -5,6 +5,9 @@ Layout `[B, H, L, D]`. Keys are positions 0..S-1 of the sequence, queries its la
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import mlx.core as mx
 
 from flux_mlx import cuda_kernels, kernel_policy, kernels, streaming, xattention
@@ -99,14 +102,13 @@ def sparse_attention(
     if impl is None:
         impl = kernel_policy.choose(q, k, v, pattern, prompt_tokens)
     if impl in _KERNELS:
-        return _by_kernels(impl, q, k, v, pattern, prompt_tokens, scale)
+        return _by_kernels(impl, pattern, prompt_tokens, scale)(q, k, v)
     return _by_operations(q, k, v, pattern, prompt_tokens, scale)
 
 
-def _by_kernels(
-    impl: str, q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None, scale: float
-) -> mx.array:
-    """The kernels, which have no gradient of their own: it is recomputed by operations."""
+@lru_cache
+def _by_kernels(impl: str, pattern: PatternConfig, prompt_tokens: int | None, scale: float) -> Callable[..., mx.array]:
+    """The kernels as a function of q, k and v. They have no gradient of their own: it is recomputed by operations."""
 
     @mx.custom_function
     def forward(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
@@ -116,7 +118,7 @@ def _by_kernels(
     def backward(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> list[mx.array]:
         return mx.vjp(lambda *qkv: _by_operations(*qkv, pattern, prompt_tokens, scale), primals, [cotangent])[1]
 
-    return forward(q, k, v)
+    return forward
 
 
 def _by_operations(

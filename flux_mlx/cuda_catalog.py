@@ -10,7 +10,7 @@ import json
 import lzma
 import struct
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from typing import Any
 
@@ -158,6 +158,7 @@ def code(kernel: Compiled) -> bytes:
     return lzma.decompress(_data(f"{kernel.name}.{kernel.suffix}.xz"))
 
 
+@lru_cache
 def find(dtype: str, head_dim: int, block_size: int, device: Device, family: str | None = None) -> Compiled | None:
     """The first compiled kernel (of `family`, if named) that can compute such a call on `device`; None if none can."""
     for kernel in compiled_kernels():
@@ -224,11 +225,12 @@ def prefill(
     )
 
 
-def decode_splits(device: Device, q: Shape, k: Shape, visible_tokens: int) -> int:
+@lru_cache
+def decode_splits(device: Device, q: Shape, kv_heads: int, visible_tokens: int) -> int:
     """Pieces that the visible keys of a decode call are cut into: two blocks a multiprocessor, at least a step each."""
-    (B, HQ, L, D), HKV = q, k[1]
-    rows = HQ // HKV * L
-    blocks = B * HKV * _ceil_div(rows, decode_rows(rows))
+    B, HQ, L, D = q
+    rows = HQ // kv_heads * L
+    blocks = B * kv_heads * _ceil_div(rows, decode_rows(rows))
     wanted = max(1, min(_MAX_SPLITS, _BLOCKS_PER_MULTIPROCESSOR * device.multiprocessors // blocks))
     step = _SPLIT_KEYS * 128 // D
     piece = _ceil_div(_ceil_div(visible_tokens, wanted), step) * step
@@ -240,14 +242,17 @@ def decode_rows(query_rows: int) -> int:
     return min(_MAX_ROWS, 1 << (query_rows - 1).bit_length())
 
 
-def decode(q: Shape, k: Shape, dtype: str, pattern: PatternConfig, scale: float, splits: int) -> tuple[Launch, Launch]:
-    """Launches of split and merge; shapes as in `prefill`, all keys of k in use."""
-    (B, HQ, L, D), HKV = q, k[1]
-    rows = decode_rows(HQ // HKV * L)
+@lru_cache
+def decode(
+    q: Shape, kv_heads: int, dtype: str, pattern: PatternConfig, scale: float, splits: int
+) -> tuple[Launch, Launch]:
+    """Launches of split and merge; q as in `prefill`. The same at every length of the cache."""
+    B, HQ, L, D = q
+    rows = decode_rows(HQ // kv_heads * L)
     (scale_bits,) = struct.unpack("<i", struct.pack("<f", scale))
     sizes = {"D": D, "ROWS": rows, "BLOCK": pattern.block_size, "SINK": pattern.sink_span}
     sizes |= {"WINDOW": pattern.window_blocks, "SCALE_BITS": scale_bits}
-    blocks = (HKV * _ceil_div(HQ // HKV * L, rows), B, splits)
+    blocks = (kv_heads * _ceil_div(HQ // kv_heads * L, rows), B, splits)
     pieces = ((B, HQ, L, splits, D), (B, HQ, L, splits, 2))
     dtypes = ("float32", "float32")
     split = Launch(DECODE_SPLIT, blocks, _DECODE_THREADS, pieces, dtypes, (("T", dtype), *sizes.items()))

@@ -109,8 +109,12 @@ def _route_codes(codes: tuple[int, ...]) -> mx.array:
     return route
 
 
+_NAMES = {getattr(mx, name): name for name in cuda_catalog.DTYPES}
+
+
 def _dtype_name(x: mx.array) -> str:
-    return str(x.dtype).rpartition(".")[2]
+    """Name of a dtype that the kernels take, "" of others."""
+    return _NAMES.get(x.dtype, "")
 
 
 def refusal(
@@ -118,7 +122,7 @@ def refusal(
 ) -> str:
     """Why no kernel computes such a call on this device; "" if one does."""
     (B, HQ, L, D), dtype = q.shape, _dtype_name(q)
-    if not q.dtype == k.dtype == v.dtype or dtype not in cuda_catalog.DTYPES:
+    if not (dtype and q.dtype == k.dtype == v.dtype):
         return f"expected dtype {' or '.join(cuda_catalog.DTYPES)}, got {q.dtype}, {k.dtype} and {v.dtype}"
     if D not in cuda_catalog.HEAD_DIMS or k.shape != v.shape or k.shape[0] != B or HQ % k.shape[1]:
         dims = cuda_catalog.HEAD_DIMS
@@ -244,11 +248,11 @@ def _decode(
     q: mx.array, k: mx.array, v: mx.array, route: mx.array, pattern: PatternConfig, scale: float, is_sparse: bool,
     splits: int | None, run: Run,
 ) -> tuple[mx.array, mx.array]:  # fmt: skip
-    shapes = tuple(q.shape), tuple(k.shape)
+    shape, kv_heads = tuple(q.shape), k.shape[1]
     span = pattern.window_span + pattern.sink_span + q.shape[2]  # of all L queries
     visible = min(k.shape[2], span) if is_sparse else k.shape[2]
     if splits is None:
-        splits = cuda_catalog.decode_splits(device(), *shapes, visible)
-    split, merge = cuda_catalog.decode(*shapes, _dtype_name(q), pattern, scale, splits)
+        splits = cuda_catalog.decode_splits(device(), shape, kv_heads, visible)
+    split, merge = cuda_catalog.decode(shape, kv_heads, _dtype_name(q), pattern, scale, splits)
     out, lse = run(merge, run(split, [q, k, v, route]))
     return out.swapaxes(1, 2), lse
