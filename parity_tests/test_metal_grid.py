@@ -170,6 +170,21 @@ def test_route_is_read_row_by_row_from_a_buffer(q_tokens):
         assert not np.array_equal(s[1], f[1])
 
 
+def test_the_router_s_decision_routes_attention():
+    """From queries to attention with the route in a buffer throughout, as a layer without a host synchronisation."""
+    case = Case(6, 1, 2, 20, 90, 64, COARSE, seed=7)
+    q, k, v = (mx.array(x) for x in case.tensors())
+    rng = np.random.default_rng(7)
+    shapes = spec.RouterConfig.parameter_shapes(64)
+    weights = {name: mx.array(rng.uniform(-0.3, 0.3, shape).astype(np.float32)) for name, shape in shapes.items()}
+    _, route = kernels.route_layer(q.swapaxes(1, 2), weights, 2, run=HostRun())
+    routed = [np.array(x) for x in kernels.routed_attention(q, k, v, route, COARSE, run=HostRun())]
+    by_hand = kernels.routed_attention(q, k, v, tuple(route.tolist()), COARSE, run=HostRun())
+    assert route.tolist() == [Route.SPARSE, Route.FULL] * 3
+    for actual, expected in zip(routed, by_hand, strict=True):
+        np.testing.assert_array_equal(actual, np.array(expected))
+
+
 def test_a_route_for_many_rows():
     case = Case(9, 1, 1, 2, 40, 64, FINE)
     q, k, v = (mx.array(x) for x in case.tensors())
