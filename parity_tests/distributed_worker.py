@@ -16,7 +16,7 @@ from mlx_lm.utils import sharded_load
 from flux_mlx import prefill, routes
 from parity_tests.tiny_models import prompt
 
-PROMPTS = [prompt(61, seed) for seed in range(4)]
+PROMPTS = [prompt(61, seed) for seed in range(3)]
 
 
 def answers(model) -> list[dict]:
@@ -27,7 +27,7 @@ def answers(model) -> list[dict]:
             cache = model.make_cache()
             with mx.stream(generation_stream):  # where generate_step's last, unread step may still be exchanging sums
                 rest = prefill(model, mx.array(tokens), cache) if exact else mx.array(tokens)
-            generated = generate_step(rest, model, max_tokens=8, prompt_cache=cache, prefill_step_size=32)
+            generated = generate_step(rest, model, max_tokens=6, prompt_cache=cache, prefill_step_size=32)
             found.append({"tokens": [token for token, _ in generated], "routes": [int(r) for r in routes(cache)]})
     return found
 

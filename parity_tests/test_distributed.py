@@ -25,7 +25,7 @@ def test_two_ranks_are_one_process(family, tmp_path):
     command = [str(LAUNCH), "-n", "2", "--backend", "ring", "--python", sys.executable, str(worker)]
     env = {**os.environ, "PYTHONPATH": str(worker.parents[1])}
     done = subprocess.run(
-        [*command, str(directory), str(tmp_path)], env=env, capture_output=True, text=True, timeout=300, check=False
+        [*command, str(directory), str(tmp_path)], env=env, capture_output=True, text=True, timeout=840, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]

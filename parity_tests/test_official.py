@@ -15,7 +15,7 @@ from flux_mlx.base_model import Quantization
 from flux_mlx.convert import convert
 from flux_mlx.exact_prefill import prefill
 from flux_mlx.model_directory import read_config
-from flux_mlx.models import routed_layers
+from flux_mlx.models import routed_layers, set_route
 from flux_mlx.official import base_config, is_official, official_settings, two_logits
 from flux_mlx.spec import FluxConfig, PatternConfig, Route, RouterConfig
 from parity_tests.tiny_directories import stock_directory
@@ -144,6 +144,23 @@ def test_conversion_keeps_projections_and_drops_training_state(architecture, bit
     quantised = {name for name, value in weights.items() if value.dtype == mx.uint32}
     assert bool(quantised) == bool(bits)
     assert all(value.dtype == mx.float32 for name, value in weights.items() if ".router." in name)
+
+
+@pytest.mark.parametrize("architecture", FAMILY)
+def test_published_xattention_runs_in_exact_prefill(architecture, tmp_path):
+    source = published_checkpoint(tmp_path / "published", architecture, toggle_type="xattn", pool_size=20)
+    convert(source, tmp_path / "flux", dtype="float32", settings={"threshold": 0.3})  # random keys share the mass
+    model, _ = load(tmp_path / "flux")
+    assert model.flux.pattern == PatternConfig("xattention", window_tokens=2048, threshold=0.3)
+    outcomes = []
+    for route in ("full", "sparse", "auto"):
+        set_route(model, route)
+        cache = model.make_cache()
+        last = prefill(model, mx.array(prompt(600)), cache)
+        outcomes.append(np.array(model(last[None], cache=cache)[0, -1]))
+        assert Route.UNSET not in routes(cache)
+    assert np.isfinite(outcomes).all()
+    assert not np.allclose(outcomes[0], outcomes[1], atol=1e-3)
 
 
 def config_of(**settings) -> dict:

@@ -14,6 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import mlx.core as mx
+import mlx_lm
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.generate import stream_generate
@@ -136,19 +137,37 @@ def test_benchmark(directory):
     assert "Averages: " in output
 
 
-def test_convert_quantises_all_but_routers(directory, tmp_path):
-    out = tmp_path / "q4"
-    run("convert", "--hf-path", directory, TRUST, "--mlx-path", out, "-q", "--q-bits", "4", "--q-group-size", "32")
-    model, _ = load(out)
-    before = dict(tree_flatten(load(directory)[0].parameters()))
-    for name, value in tree_flatten(model.parameters()):
-        if ".router." in name:
-            assert value.dtype == mx.float32
-            assert mx.array_equal(value, before[name])
+def routers(model) -> dict[str, mx.array]:
+    return {name: value for name, value in tree_flatten(model.parameters()) if ".router." in name}
+
+
+def assert_same_routers(model, directory: Path) -> None:
+    before, after = routers(load(directory)[0]), routers(model)
+    assert after.keys() == before.keys()
+    assert all(value.dtype == mx.float32 and mx.array_equal(value, before[name]) for name, value in after.items())
+
+
+def test_convert_quantises_all_but_routers_and_back(directory, tmp_path):
+    tokens, answers = list(range(60)), []
+    for source, trust in ((directory, [TRUST]), (f"{directory}-stock", [])):
+        out = tmp_path / Path(source).name
+        quantise = ("-q", "--q-bits", "4", "--q-group-size", "32")
+        run("convert", "--hf-path", source, *trust, "--mlx-path", out, *quantise)
+        model, tokenizer = mlx_lm.load(str(out), trust_remote_code=True)
+        if trust:
+            set_route(model, "full")
+        answers.append([r.token for r in stream_generate(model, tokenizer, tokens, max_tokens=8)])
+    assert answers[0] == answers[1]
+    model, _ = load(out := tmp_path / directory.name)
+    assert_same_routers(model, directory)
     assert model.layers[0].self_attn.q_proj.bits == 4
     cache = model.make_cache()
-    model(mx.array([list(range(60))]), cache=cache)
+    model(mx.array([tokens]), cache=cache)
     assert "routed layers" in describe_routes(cache)
+    run("convert", "--hf-path", out, TRUST, "--mlx-path", tmp_path / "back", "--dequantize")
+    model, _ = load(tmp_path / "back")
+    assert_same_routers(model, directory)
+    assert model.layers[0].self_attn.q_proj.weight.dtype == mx.float32
 
 
 def test_lora_and_fuse_leave_routers_alone(directory, tmp_path):
