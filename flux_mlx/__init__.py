@@ -25,6 +25,7 @@ _HOMES = {
     "load": "flux_mlx.loading",
     "prefill": "flux_mlx.exact_prefill",
     "routes": "flux_mlx.cache",
+    "set_kv_policy": "flux_mlx.models",
     "set_route": "flux_mlx.models",
 }
 

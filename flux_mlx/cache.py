@@ -60,7 +60,8 @@ class CacheList(RouterState, StockCacheList):
 
     def size(self) -> int:
         """Tokens held; in a batch those of the longest row, as padding makes every row that long."""
-        return self.offset if isinstance(self.offset, int) else self.kv.size()
+        kv = self.caches[0]
+        return kv.offset if isinstance(kv.offset, int) else kv.size()
 
     def keys_and_values(self):
         """As the KV cache inside."""
@@ -71,7 +72,11 @@ class CacheList(RouterState, StockCacheList):
         return self.kv.is_trimmable()
 
     def trim(self, n: int) -> int:
-        """Drop the newest `n` tokens. A cut below the pooled tokens makes the route stale: UNSET, decided anew."""
+        """Drop the newest `n` tokens. A cut below the pooled tokens makes the route stale: UNSET, decided anew.
+
+        Raises:
+            DroppedKeysError: Under the KV policy evict, where `can_trim` says no.
+        """
         n = self.kv.trim(n)
         if n and any(end > offset for end, offset in zip(self._rows[:, Counter.END], self.offsets(), strict=True)):
             self._rewind()
@@ -216,6 +221,11 @@ def routes(cache: list[object]) -> list[Route | list[Route] | None]:
 def tokens_held(cache: list[object]) -> int:
     """Tokens that a prompt cache of one row holds; entries of some layers (states, convolutions) do not count them."""
     return next((entry.offset for entry in cache if isinstance(getattr(entry, "offset", None), int)), 0)
+
+
+def can_trim(cache: list[object], tokens: int) -> bool:
+    """Whether the newest `tokens` of a prompt cache can be dropped."""
+    return all(entry.can_trim(tokens) if isinstance(entry, CacheList) else entry.is_trimmable() for entry in cache)
 
 
 def describe_routes(cache: list[object], row: int = 0) -> str:

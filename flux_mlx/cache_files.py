@@ -51,13 +51,16 @@ def save_prompt_cache(
         metadata: To keep along. Stock commands want "model" and "tokenizer_config" here.
 
     Raises:
-        ValueError: The cache has another number of entries than the model layers, or the name another ending.
+        ValueError: The cache has another number of entries than the model layers, or has dropped keys; or the name has
+            another ending.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"[save_prompt_cache] the name must end in .safetensors, got {path}.")
     if len(cache) != len(model.layers):
         raise ValueError(f"[save_prompt_cache] {len(cache)} entries for a model of {len(model.layers)} layers.")
+    if any(isinstance(entry, CacheList) and entry.is_evicted for entry in cache):
+        raise ValueError("[save_prompt_cache] expected all keys, but the KV policy evict has dropped some: use keep.")
     stamps = {
         "flux_version": VERSION,
         "flux_layers": str(len(cache)),

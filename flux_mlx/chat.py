@@ -11,12 +11,11 @@ import mlx.core as mx
 from jinja2 import TemplateError
 from mlx_lm.chat import setup_arg_parser as stock_arg_parser
 from mlx_lm.generate import GenerationResponse
-from mlx_lm.models.cache import can_trim_prompt_cache
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from flux_mlx.cache import CacheList, describe_routes, tokens_held
-from flux_mlx.generate import add_route_arguments, load_model, sampler_of
+from flux_mlx.cache import CacheList, can_trim, describe_routes, tokens_held
+from flux_mlx.generate import add_kv_policy_argument, add_route_arguments, load_model, sampler_of
 from flux_mlx.stream import stream_generate, warn_if_too_long
 
 HELP = "q  exit    r  reset the conversation    h  this help"
@@ -28,6 +27,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.description = "Chat with a Flux model."
     parser.set_defaults(model=None)
     add_route_arguments(parser)
+    add_kv_policy_argument(parser)
     return parser
 
 
@@ -75,13 +75,13 @@ class Conversation:
     def cut(self, tokens: int) -> None:
         """Keep the first `tokens` in the cache, and the layers' routes; keep nothing if it cannot be cut."""
         excess = tokens_held(self.cache) - tokens
-        if excess > 0 and can_trim_prompt_cache(self.cache):
+        if excess > 0 and can_trim(self.cache, excess):
             for entry in self.cache:
                 routes = entry.routes if isinstance(entry, CacheList) else None
                 entry.trim(excess)
                 if routes is not None:
                     entry.resume(routes)
-        elif excess > 0:  # windows that have rolled on, states: what they held before is gone
+        elif excess > 0:  # windows that have moved on, states: what they held before is gone
             self.cache, tokens = self.model.make_cache(), 0
         self.tokens = self.tokens[:tokens]
 

@@ -25,7 +25,8 @@ from mlx_lm.models.cache import KVCache
 
 from flux_mlx.cache import CacheList, tokens_held
 from flux_mlx.families import inner_model
-from flux_mlx.models import RoutedAttention, prompt_ends, routed_layers
+from flux_mlx.models import routed_layers
+from flux_mlx.routed_attention import RoutedAttention, prompt_ends
 from flux_mlx.spec import Route
 
 DEFAULT_STEP_TOKENS = 2048

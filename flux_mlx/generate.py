@@ -20,7 +20,7 @@ from tqdm import tqdm
 from flux_mlx.cache import CacheList, describe_routes, tokens_held
 from flux_mlx.cache_files import check_model, has_fingerprint, read_metadata
 from flux_mlx.loading import find_directory, load
-from flux_mlx.models import set_route
+from flux_mlx.models import KV_POLICIES, set_kv_policy, set_route
 from flux_mlx.safe_loading import load_without_code
 from flux_mlx.spec import parse_route
 from flux_mlx.stream import stream_generate, warn_if_too_long
@@ -34,6 +34,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser = stock_arg_parser()
     parser.description = "Generate text with a Flux model: every layer routed on the whole prompt."
     add_route_arguments(parser)
+    add_kv_policy_argument(parser)
     return parser
 
 
@@ -56,6 +57,17 @@ def add_route_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto (the routers decide), full, sparse, or the full layers as in 0,2,6-8. Default: the model's config",
     )
     parser.add_argument("--show-routes", action="store_true", help="Print which layers were full and which sparse")
+
+
+def add_kv_policy_argument(parser: argparse.ArgumentParser) -> None:
+    """--kv-policy, spelled alike in every command that has it."""
+    parser.add_argument(
+        "--kv-policy",
+        choices=KV_POLICIES,
+        default="keep",
+        help="keep: every layer keeps all keys. evict: sparse layers keep sink and window only, and stay sparse in "
+        "later turns (default: %(default)s)",
+    )
 
 
 def _route(text: str) -> Any:
@@ -81,6 +93,7 @@ def load_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tup
             model.eval()
         if args.route is not None:
             set_route(model, args.route)
+        set_kv_policy(model, getattr(args, "kv_policy", "keep"))
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     return model, tokenizer

@@ -1,216 +1,32 @@
 """Routing hung onto mlx-lm's own models: one class for every family, no copies of their code.
 
-A routed layer that computes full attention runs the stock attention module as it is. Only sparse attention needs to
-know where a family keeps its projections, norms and rotary embedding: `flux_mlx.families` is that seam.
+What a layer does is `flux_mlx.routed_attention`; here are the model around it, and loading.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import os
 import sys
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
-from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import _get_classes
 
-from flux_mlx.attention import sparse_attention
 from flux_mlx.cache import CacheList, describe_routes
 from flux_mlx.cache import routes as taken_routes
 from flux_mlx.callers import refuse_gguf_export
-from flux_mlx.families import ATTENTION_MODULES, head_dim, is_routable, project, project_queries, rotate
-from flux_mlx.router import Affine, LayerRouter, decide, is_sparse, pool_queries
-from flux_mlx.router_training import Samples, TrainableAffine, attend_training, make_trainable
+from flux_mlx.families import ATTENTION_MODULES, head_dim, is_routable
+from flux_mlx.routed_attention import RoutedAttention
+from flux_mlx.router import Affine, LayerRouter
+from flux_mlx.router_training import Samples, TrainableAffine, make_trainable
 from flux_mlx.spec import FluxConfig, Route, parse_route
 from flux_mlx.spec.config import ROUTER_INFIX, RoutePolicy
-from flux_mlx.streaming import compact
 
 KV_POLICIES = ("keep", "evict")
-
-
-class RoutedAttention:
-    """Mixed in front of a stock attention class: routes a prompt, then computes what the route says.
-
-    Attributes:
-        router: The layer's `LayerRouter`.
-        pooled_dim: D.
-        flux: Settings shared by the layers of the model.
-        forced: Route that stands in for the router's decision, or None.
-        group: The ranks that share the layer's heads, or None.
-        evicts: Whether caches of this layer drop, once it is sparse, what it no longer sees.
-        samples: Of the training step, if the router is to be trained (`flux_mlx.router_training`); else None.
-    """
-
-    group: mx.distributed.Group | None = None
-    evicts = False
-    samples: Samples | None = None
-
-    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        if cache is None and not self.training and self.forced != Route.FULL:
-            return self.attend_uncached(x, mask)
-        if cache is None and self.training and self.samples is not None and self.forced is None:
-            return attend_training(self, x, mask)
-        if not isinstance(cache, CacheList):
-            return super().__call__(x, mask, cache)
-        cache.widen(x.shape[0])
-        self.route(x, cache)
-        if self.is_dense(cache, x.shape[1]) or Route.SPARSE not in cache.routes:  # dense calls need no route yet
-            return super().__call__(x, mask, cache.kv)
-        return self.attend(x, mask, cache)
-
-    def is_dense(self, cache: CacheList, tokens: int) -> bool:
-        """Whether sparse attention is full attention in this call; xattention's prefill drops blocks at any length."""
-        chooses_blocks = self.flux.pattern.name == "xattention" and cache.pinned is not None
-        return not chooses_blocks and self.flux.pattern.is_dense(cache.size() + tokens)
-
-    def new_cache(self) -> CacheList:
-        """An empty cache for this layer."""
-        return CacheList.new(self.pooled_dim, self.flux.router.pool_tokens)
-
-    def route(self, x: mx.array, cache: CacheList) -> None:
-        """Pool this call's prompt tokens and decide, unless the call is too short or the route is fixed."""
-        if self.forced is not None:
-            cache.set_routes([self.forced] * x.shape[0])
-        elif cache.pinned is None and not (cache.is_idle and x.shape[1] < self.flux.router.min_prefill_tokens):
-            self.route_rows(x, cache)
-        cache.caches[1].advance(x.shape[1])
-
-    def route_rows(self, x: mx.array, cache: CacheList) -> None:
-        """Pool and decide the rows whose part of the call is long enough; note the others."""
-        lengths = cache.row_lengths(x.shape[1])
-        pooled = [n >= self.flux.router.min_prefill_tokens for n in lengths]
-        cache.skip([0 if is_pooled else n for n, is_pooled in zip(lengths, pooled, strict=True)])
-        for row, (n, is_pooled) in enumerate(zip(lengths, pooled, strict=True)):
-            if is_pooled:
-                self.feed(prompt_ends([x[row : row + 1, :n]], self.flux.router.pool_tokens), n, cache, row)
-        if any(pooled):
-            self.decide(cache, pooled)
-
-    def feed(self, ends: mx.array, tokens: int, cache: CacheList, row: int = 0) -> None:
-        """Pool `tokens` prompt tokens of a row, of which `ends` are the `prompt_ends` as this module gets them."""
-        rows, P = self.query_rows(ends), self.flux.router.pool_tokens
-        cache.feed(row, rows[:P], rows[-P:], tokens)
-        cache.inputs = ends
-
-    def decide(self, cache: CacheList, fed: list[bool]) -> None:
-        """Let the router decide the rows that were fed. The decision stays on the device until it is needed."""
-        cache.decide(is_sparse(self.route_logits(cache.pooled())), fed)
-
-    def query_rows(self, x: mx.array) -> mx.array:
-        """Queries before RoPE, averaged over the heads of all ranks: `[1, L, hidden]` to float32 `[L, D]`."""
-        return self.over_ranks(project_queries(self, x)[0].astype(mx.float32).mean(axis=1))
-
-    def over_ranks(self, mean: mx.array) -> mx.array:
-        """The mean over the heads of all ranks, of the mean over this rank's."""
-        return mean if self.group is None else mx.distributed.all_sum(mean, group=self.group) / self.group.size()
-
-    def route_logits(self, pooled: mx.array) -> mx.array:
-        """The router's logits for pooled queries `[B, D]`; those of rank 0, so that all ranks decide the same."""
-        logits = self.router(pooled)
-        if self.group is not None:
-            logits = mx.distributed.all_sum(logits * (self.group.rank() == 0), group=self.group)
-        return logits
-
-    def attend(self, x: mx.array, mask: Any, cache: CacheList) -> mx.array:
-        """Attention with at least one sparse row, output projection included."""
-        if self.evicts and (cache.drops_early or x.shape[1] < self.flux.router.min_prefill_tokens):
-            cache.evict(self.flux.pattern)
-        offset = cache.offset
-        q, k, v = (part.swapaxes(1, 2) for part in project(self, x))  # [B, H, L, D]
-        q, k = rotate(self, q, offset), rotate(self, k, offset)
-        k, v = cache.kv.update_and_fetch(k, v)
-        groups = row_groups([route == Route.SPARSE for route in cache.routes], cache.left_padding())
-        return self.attend_rows(q, k, v, mask, list(groups), cache)
-
-    def attend_uncached(self, x: mx.array, mask: Any) -> mx.array:
-        """Attention over whole rows without a cache, each routed by itself: `mlx_lm.perplexity`, calibration.
-
-        Training is full attention instead. Every projection runs once, as tools that listen to them expect.
-        """
-        q, k, v = project(self, x)  # [B, L, H, D]
-        routes = [self.forced] * x.shape[0]
-        if self.forced is None:
-            routes = decide(self.route_logits(self.over_ranks(pool_queries(q, self.flux.router.pool_tokens))))
-        q, k, v = (part.swapaxes(1, 2) for part in (q, k, v))
-        groups = row_groups([route == Route.SPARSE for route in routes], [0] * x.shape[0])
-        return self.attend_rows(rotate(self, q, 0), rotate(self, k, 0), v, mask, list(groups), None)
-
-    def attend_rows(
-        self, q: mx.array, k: Any, v: Any, mask: Any, groups: list[RowGroup], cache: CacheList | None
-    ) -> mx.array:
-        """Attention of a batch, group of rows by group, and the output projection: `[B, L, hidden]`."""
-        outputs = []
-        for group in groups:
-            queries, keys, values = q, k, v
-            if len(groups) > 1 or group.padding:
-                queries, (keys, values) = q[group.rows], (tree_map(group.cut, x) for x in (k, v))
-            if group.sparse:
-                outputs.append(self.attend_sparse(queries, keys, values, cache))
-                continue
-            own = mask[group.rows] if isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[0] > 1 else mask
-            kv = None if cache is None else cache.kv
-            out = scaled_dot_product_attention(queries, keys, values, cache=kv, scale=self.scale, mask=own)
-            outputs.append(out)
-        out = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
-        return self.o_proj(out.swapaxes(1, 2).reshape(out.shape[0], out.shape[2], -1))
-
-    def attend_sparse(self, q: mx.array, k: Any, v: Any, cache: CacheList | None) -> mx.array:
-        """Sparse attention over keys without padding; of quantised keys only the visible ones are dequantised."""
-        pattern, prompt_tokens = self.flux.pattern, None if cache is None or cache.is_evicted else cache.pinned
-        if cache is not None and hasattr(cache.kv, "bits"):
-            if prompt_tokens is None or pattern.name == "streaming":
-                k, v = (tuple(compact(part, pattern, q.shape[2]) for part in x) for x in (k, v))
-            sizes = {"group_size": cache.kv.group_size, "bits": cache.kv.bits}
-            k, v = (mx.dequantize(*x, **sizes).astype(q.dtype) for x in (k, v))
-        return sparse_attention(q, k, v, pattern, prompt_tokens=prompt_tokens, scale=self.scale)
-
-
-class RowGroup(NamedTuple):
-    """Consecutive rows of a batch that one attention call can serve."""
-
-    rows: slice
-    sparse: bool
-    padding: int  # keys on the left to leave out
-
-    def cut(self, x: mx.array) -> mx.array:
-        """The group's part of keys or values `[B, HKV, S, D]`."""
-        return x[self.rows, :, self.padding :]
-
-
-def row_groups(sparse: list[bool], left_padding: list[int]) -> Iterator[RowGroup]:
-    """The runs of rows that take one route, in order.
-
-    Full rows keep their padding, which their mask hides; sparse rows go without, so that positions are absolute.
-    """
-    how = [(row, padding if row else 0) for row, padding in zip(sparse, left_padding, strict=True)]
-    start = 0
-    for key, run in itertools.groupby(how):
-        stop = start + len(list(run))
-        yield RowGroup(slice(start, stop), *key)
-        start = stop
-
-
-def prompt_ends(chunks: list[mx.array], pool_tokens: int) -> mx.array:
-    """What the router pools of a prompt in chunks `[1, ., hidden]`: its first and last `pool_tokens` rows, or all."""
-    if sum(chunk.shape[1] for chunk in chunks) <= 2 * pool_tokens:
-        return chunks[0] if len(chunks) == 1 else mx.concatenate(chunks, axis=1)
-    head, head_tokens, tail, tail_tokens = [], pool_tokens, [], pool_tokens  # tokens that are missing
-    for chunk in chunks:
-        if head_tokens > 0:
-            head.append(chunk[:, :head_tokens])
-            head_tokens -= chunk.shape[1]
-    for chunk in reversed(chunks):
-        if tail_tokens > 0:
-            tail.insert(0, chunk[:, -tail_tokens:])
-            tail_tokens -= chunk.shape[1]
-    return mx.concatenate(head + tail, axis=1)
 
 
 class FluxModel:

@@ -20,7 +20,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.server import ModelProvider, _run_http_server
 from mlx_lm.utils import _parse_size, load_adapters, maybe_set_recommended_wired_limit
 
-from flux_mlx.models import routed_layers
+from flux_mlx.generate import add_kv_policy_argument
+from flux_mlx.models import routed_layers, set_kv_policy
 from flux_mlx.safe_loading import find_model, load_without_code
 from flux_mlx.server_http import LOOPBACK_NAMES, Handler
 from flux_mlx.server_log import RequestLog
@@ -56,7 +57,9 @@ class Provider(ModelProvider):
         if draft_tokenizer.vocab_size != tokenizer.vocab_size:
             raise ValueError(f"[server] {draft_model_path} has another vocabulary than {model_path}.")
         self.model, self.tokenizer, self.draft_model = model, tokenizer, draft_model
-        self.is_batchable = draft_model is None and all(hasattr(c, "merge") for c in make_prompt_cache(model))
+        set_kv_policy(model, self.cli_args.kv_policy)
+        batchable = draft_model is None and all(hasattr(c, "merge") for c in make_prompt_cache(model))
+        self.is_batchable = batchable and self.cli_args.kv_policy == "keep"
         self.model_key = (model_path, adapter_path, draft_model_path)
 
     def layers(self) -> int:
@@ -111,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--kv-bits", type=int, help="bits of quantised keys and values: requests are then served one by one")
     add("--kv-group-size", type=int, default=64, help="(default: %(default)s)")
     add("--quantized-kv-start", type=int, default=DEFAULT_QUANTIZED_KV_START, help="(default: %(default)s)")
+    add_kv_policy_argument(parser)  # evict: requests are served one by one
     parser.set_defaults(trust_remote_code=False, pipeline=False)
     return parser
 
@@ -124,6 +128,8 @@ def serve(args: argparse.Namespace) -> None:
     generator = Generator(provider, cache)
     try:
         generator.wait_until_loaded()
+        if args.kv_policy == "evict" and args.kv_bits is not None:
+            raise ValueError("[server] --kv-policy evict does not go with --kv-bits: choose one of them.")
         limit = provider.max_draft_tokens()
         if args.draft_model and args.num_draft_tokens > limit:
             raise ValueError(f"[server] --num-draft-tokens must be at most {limit} for this model.")

@@ -13,6 +13,7 @@ from mlx_lm.models.cache import LRUPromptCache, trim_prompt_cache
 from mlx_lm.server import GenerationContext, ResponseGenerator
 
 from flux_mlx.server_log import RequestLog, Saved
+from flux_mlx.window_cache import DroppedKeysError
 
 
 class PromptCache(LRUPromptCache):
@@ -30,10 +31,16 @@ class PromptCache(LRUPromptCache):
         self.log, self.layers = log, layers
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
-        """As mlx-lm's, but one token is always left to run: its batches need one."""
-        cache, rest = super().fetch_nearest_cache(model, tokens)
-        if cache is not None and not rest:
-            cache, rest = (cache, tokens[-1:]) if trim_prompt_cache(cache, 1) else (None, tokens)
+        """As mlx-lm's, but one token is always left to run: its batches need one.
+
+        What was kept under the KV policy evict serves the requests that go on from its end; others begin anew.
+        """
+        try:
+            cache, rest = super().fetch_nearest_cache(model, tokens)
+            if cache is not None and not rest:
+                cache, rest = (cache, tokens[-1:]) if trim_prompt_cache(cache, 1) else (None, tokens)
+        except DroppedKeysError:
+            cache, rest = None, tokens
         self.log.fetched(_source(cache))
         return cache, rest
 

@@ -21,6 +21,10 @@ ROOM_TOKENS = 256  # as many as stock's KVCache grows by; moving 2,176 keys ever
 Pair = tuple[mx.array, mx.array]
 
 
+class DroppedKeysError(ValueError):
+    """A cut would need keys that are gone."""
+
+
 class WindowKVCache:
     """KV cache of one row with the sink and the window of `pattern`; `offset` counts all tokens.
 
@@ -36,7 +40,7 @@ class WindowKVCache:
         self.offset = offset
         self.first = max(sink, pattern.window_start(offset - 1))
         self._sink: Pair = tuple(mx.contiguous(x[..., :sink, :]) for x in (keys, values))
-        self._spare: Pair | None = None  # what was dropped last, should a trim need it
+        self._spare: Pair | None = None  # the block that was dropped last, should a cut need it
         self._move(*(x[..., self.first : offset, :] for x in (keys, values)))
         mx.async_eval(self.state)  # else the graph would hold on to all keys
 
@@ -92,7 +96,8 @@ class WindowKVCache:
         if low <= self.first:
             return
         sink, dropped = self.pattern.sink_span, low - self.first
-        self._spare = tuple(mx.contiguous(x[..., :dropped, :]) for x in self._local())
+        spare = slice(max(0, dropped - self.pattern.block_size), dropped)
+        self._spare = tuple(mx.contiguous(x[..., spare, :]) for x in self._local())
         mx.async_eval(self._spare)  # before the sink is written over it
         self._start += dropped
         self.first = low
@@ -110,11 +115,11 @@ class WindowKVCache:
         """Drop the newest tokens.
 
         Raises:
-            ValueError: The window would need keys that are gone; nothing has changed then.
+            DroppedKeysError: The window would need keys that are gone; nothing has changed then.
         """
         tokens = min(self.offset, tokens)
         if not self.can_trim(tokens):
-            raise ValueError(
+            raise DroppedKeysError(
                 "[trim] under the KV policy evict a sparse layer keeps its sink and window only: expected a cut of the "
                 f"last block's tokens, got {tokens} of {self.offset}."
             )

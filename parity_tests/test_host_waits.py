@@ -1,0 +1,164 @@
+"""What routing costs the host: waits for the device, evaluations, Python calls; all counted, none timed."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.generate import generate_step
+
+import flux_mlx
+from flux_mlx import router_state
+from flux_mlx.router_state import Decision
+from flux_mlx.spec import Route
+from parity_tests.tiny_models import PATTERN, flux_model, prompt, stock_model
+
+DENSE_TOKENS = PATTERN.dense_tokens  # 24
+LAYERS = 4
+
+
+@pytest.fixture
+def waits(monkeypatch) -> Counter:
+    """How often the host waited: for a route ("route"), for counters ("counters"), for an evaluation ("eval")."""
+    seen = Counter()
+    read, array, evaluate = Decision.read, np.array, mx.eval
+
+    def counted_read(decision):
+        seen["route"] += 1
+        return read(decision)
+
+    class Numpy:
+        """numpy as the cache sees it."""
+
+        def __getattr__(self, name):
+            return getattr(np, name)
+
+        def array(self, x):
+            seen["counters"] += isinstance(x, mx.array)
+            return array(x)
+
+    def counted_eval(*arrays):
+        seen["eval"] += 1
+        evaluate(*arrays)
+
+    monkeypatch.setattr(Decision, "read", counted_read)
+    monkeypatch.setattr(router_state, "np", Numpy())
+    monkeypatch.setattr(mx, "eval", counted_eval)
+    return seen
+
+
+def prefilled(model, tokens: list[int], waits: Counter, step: int = 2048) -> tuple[list, mx.array]:
+    """A cache after exact prefill, and the last token; only the prefill's waits are counted."""
+    cache = model.make_cache()
+    for entry in cache:
+        assert entry.routes == [Route.UNSET]  # the counters of a fresh cache are read
+    waits.clear()
+    return cache, flux_mlx.prefill(model, mx.array(tokens), cache, prefill_step_size=step)
+
+
+def decode(model, cache: list, last: mx.array, tokens: int) -> list[int]:
+    return [token for token, _ in generate_step(last, model, max_tokens=tokens, prompt_cache=cache)]
+
+
+def test_within_sink_and_window_nothing_is_waited_for(waits):
+    model = flux_model()
+    cache, last = prefilled(model, prompt(17), waits)
+    decode(model, cache, last, DENSE_TOKENS - 17 - 1)
+    assert waits["route"] == waits["counters"] == 0
+    taken = flux_mlx.routes(cache)
+    assert waits["route"] == LAYERS
+    assert taken == flux_mlx.routes(prefilled(model, prompt(17), waits)[0])
+
+
+def test_an_answer_that_leaves_the_window_waits_once_for_each_layer(waits):
+    model = flux_model()
+    cache, last = prefilled(model, prompt(17), waits)
+    decode(model, cache, last, 40)
+    assert waits["route"] == LAYERS
+    assert waits["counters"] == 0
+
+
+@pytest.mark.parametrize("step", [32, 2048])
+def test_a_long_prompt_waits_once_for_each_layer(waits, step):
+    model = flux_model()
+    cache, last = prefilled(model, prompt(257), waits, step)
+    assert waits["route"] == LAYERS
+    assert waits["counters"] == 0
+    decode(model, cache, last, 10)
+    assert waits["route"] == LAYERS
+    assert waits["counters"] == 0
+
+
+def test_a_forced_list_is_never_waited_for(waits):
+    model = flux_model(route=(1, 3))
+    cache, last = prefilled(model, prompt(257), waits, 64)
+    decode(model, cache, last, 10)
+    assert waits["route"] == waits["counters"] == 0
+
+
+def test_a_prompt_of_one_chunk_is_not_waited_for_at_all(waits):
+    model = flux_model(route="full")
+    prefilled(model, prompt(100), waits)
+    assert waits["eval"] == 0
+
+
+@pytest.mark.parametrize("route", ["full", (1, 3), "auto"])
+@pytest.mark.parametrize("policy", ["keep", "evict"])
+def test_decoding_evaluates_as_often_as_stock(waits, route, policy):
+    model, stock = flux_model(route=route), stock_model()
+    flux_mlx.set_kv_policy(model, policy)
+    cache, last = prefilled(model, prompt(100), waits)
+    flux_mlx.routes(cache)
+    waits.clear()
+    decode(model, cache, last, 20)
+    ours, _ = waits["eval"], waits.clear()
+    decode(stock, stock.make_cache() if hasattr(stock, "make_cache") else None, mx.array([5]), 20)
+    assert ours == waits["eval"]
+
+
+def test_the_pools_are_computed_behind_the_first_token(monkeypatch):
+    model, started = flux_model(), []
+    compute = router_state.RouterState.compute
+    monkeypatch.setattr(router_state.RouterState, "compute", lambda entry: (started.append(1), compute(entry)))
+    cache = model.make_cache()
+    last = flux_mlx.prefill(model, mx.array(prompt(17)), cache)
+    steps = generate_step(last, model, max_tokens=5, prompt_cache=cache)
+    assert started == []
+    next(steps)
+    assert len(started) == LAYERS
+    assert all(entry.inputs is None for entry in cache)
+    list(steps)
+    assert len(started) == LAYERS
+
+
+def python_calls(model, cache: list) -> float:
+    """Calls of this package's Python functions for one token, a layer."""
+    seen = 0
+
+    def count(frame, event, _) -> None:
+        nonlocal seen
+        seen += event == "call" and "flux_mlx" in frame.f_code.co_filename
+
+    sys.setprofile(count)
+    try:
+        out = model(mx.array([[3]]), cache=cache)
+    finally:
+        sys.setprofile(None)
+    mx.eval(out)
+    return seen / LAYERS
+
+
+@pytest.mark.parametrize(("route", "most"), [(Route.FULL, 13), (Route.SPARSE, 58)])
+def test_bookkeeping_of_a_token_is_a_few_calls(route, most):
+    model = flux_model()
+    cache = model.make_cache()
+    model(mx.array([prompt(100)]), cache=cache)
+    for entry in cache:
+        entry.set_routes([route])
+    for _ in range(3):
+        mx.eval(model(mx.array([[3]]), cache=cache))
+    assert {entry.is_idle for entry in cache} == {True}
+    assert python_calls(model, cache) <= most
