@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from flux_mlx.benchmark import SDPA_PLANS, length
+from flux_mlx.benchmark import length, prepare_cuda
 from flux_mlx.benchmark_compare import in_turn
 from flux_mlx.benchmark_models import BITS, SHAPES, random_model
 from flux_mlx.benchmark_report import check_target, hardware, versions, write_json
@@ -31,7 +30,7 @@ from flux_mlx.spec import FluxConfig, PatternConfig
 
 def parser(description: str | None, lengths: Sequence[int]) -> argparse.ArgumentParser:
     """A parser with the flags of all scripts."""
-    os.environ.setdefault("MLX_CUDA_SDPA_CACHE_SIZE", SDPA_PLANS)
+    prepare_cuda()
     made = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     add = made.add_argument
     add("--shape", choices=SHAPES, default="qwen3-8b", help="(default: %(default)s)")
@@ -42,6 +41,7 @@ def parser(description: str | None, lengths: Sequence[int]) -> argparse.Argument
     add("--num-trials", "-n", type=int, default=3, help="runs of each kind, in turn (default: %(default)s)")
     for name in ("block_size", "sink_tokens", "window_tokens"):
         add(f"--{name.replace('_', '-')}", type=int, default=getattr(PatternConfig(), name), help="of the pattern")
+    add("--prompt", metavar="FILE", help="text of the prompts (default: Python's manual)")
     add("--json", type=Path, metavar="FILE", help="where to write the figures")
     return made
 
@@ -80,8 +80,8 @@ def force_routes(args: argparse.Namespace, model: nn.Module, forced: bool) -> No
 
 
 def prompts(args: argparse.Namespace) -> Prompts:
-    """Prompts of the default text."""
-    return Prompts(read_text(None)[0], lambda text: word_ids(text, SHAPES[args.shape]["vocab_size"]))
+    """Prompts of the text that the arguments name."""
+    return Prompts(read_text(args.prompt)[0], lambda text: word_ids(text, SHAPES[args.shape]["vocab_size"]))
 
 
 def figures(runs: dict[str, list[Run]]) -> dict[str, dict[str, Any]]:

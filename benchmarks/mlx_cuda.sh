@@ -26,12 +26,21 @@ for stage in "$@"; do
 done
 
 export MLX_PTX_CACHE_DIR="${MLX_PTX_CACHE_DIR:-${TMPDIR:-/tmp}/flux_mlx_ptx}"
-# A plan for each shape of attention: MLX keeps 256 and stops after 512, which long prompts in small chunks exceed.
+# As flux_mlx.benchmark sets them: else many lengths in one process end it.
 export MLX_CUDA_SDPA_CACHE_SIZE="${MLX_CUDA_SDPA_CACHE_SIZE:-4096}"
+export MLX_CUDA_GRAPH_CACHE_SIZE="${MLX_CUDA_GRAPH_CACHE_SIZE:-2000}"
 mkdir -p "$MLX_PTX_CACHE_DIR"
 
-compare() { "$python" -m flux_mlx.benchmark --shape qwen3-8b --show-routes "$@"; }
-script() { "$python" -m "benchmarks.$@"; }
+# Some builds of Python leave its manual out, which is the default text.
+text=""
+"$python" -c "import pydoc_data.topics" 2>/dev/null || text="--prompt examples/data/us_constitution_1787.txt"
+
+compare() { "$python" -m flux_mlx.benchmark --shape qwen3-8b --show-routes $text "$@"; }
+script() {
+    name=$1
+    shift
+    "$python" -m "benchmarks.$name" $text "$@"
+}
 
 run() {
     json="$out/mlx_$1.json"

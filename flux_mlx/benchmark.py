@@ -29,7 +29,7 @@ from flux_mlx.benchmark_report import (
 from flux_mlx.benchmark_routes import make_routers_decide, spread_full_layers
 from flux_mlx.benchmark_text import Prompts, read_text, word_ids
 from flux_mlx.generate import add_route_arguments
-from flux_mlx.models import FluxModel, apply, routed_layers, set_route
+from flux_mlx.models import KV_POLICIES, FluxModel, apply, routed_layers, set_kv_policy, set_route
 from flux_mlx.safe_loading import load_without_code
 from flux_mlx.spec import FluxConfig, PatternConfig
 from flux_mlx.spec.config import PATTERNS
@@ -37,7 +37,9 @@ from flux_mlx.spec.config import PATTERNS
 LENGTHS_TOKENS = (512, 2048, 8192, 32768)
 CPU_LENGTHS_TOKENS = (512, 1024, 2048)
 SHAPE_OMEGA = 0.7
-SDPA_PLANS = "4096"  # MLX's CUDA backend keeps one plan a shape of attention, and stops at twice what it can keep
+CUDA_SETTINGS = {"MLX_CUDA_SDPA_CACHE_SIZE": "4096", "MLX_CUDA_GRAPH_CACHE_SIZE": "2000"}
+"""MLX's CUDA backend keeps a plan for each shape of attention and a graph for each sequence of kernels, 256 and 400 by
+default, and ends a process that needs twice as many: many lengths in one process do."""
 _UNITS = {"K": 1 << 10, "M": 1 << 20}
 
 
@@ -73,6 +75,12 @@ def _share(text: str) -> float:
     return value
 
 
+def prepare_cuda() -> None:
+    """Put `CUDA_SETTINGS` into the environment, but for what the user set. Call it before MLX computes anything."""
+    for name, value in CUDA_SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The command line; flags that mlx_lm.benchmark has too are spelled as there."""
     parser = argparse.ArgumentParser(prog="flux_mlx.benchmark", description=(__doc__ or "").partition(": ")[2])
@@ -85,6 +93,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add("--prompt", metavar="FILE", help="text of the prompts, - for stdin (default: Python's manual, repeated)")
     add("--lengths", type=length, nargs="+", metavar="TOKENS", help="of the prompts, as 512 32K 1M")
     add_route_arguments(parser)
+    add("--kv-policy", choices=KV_POLICIES, default="keep", help="of Flux's sparse layers (default: %(default)s)")
     add("--omega", type=_share, help="routers decide so that this share of the layers is sparse, spread over the depth")
     add("--batch-size", "-b", type=_count(1), default=1, help="prompts at a time (default: %(default)s)")
     add("--generation-tokens", "-g", type=_count(2), default=64, help="for each prompt (default: %(default)s)")
@@ -159,6 +168,9 @@ def prepare(args: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
             attn.flux = config
     else:
         apply(model, config)
+    if args.kv_policy == "evict" and args.batch_size > 1:
+        raise ValueError("[benchmark] --kv-policy evict serves one row at a time; leave --batch-size at 1.")
+    set_kv_policy(model, args.kv_policy)
     before_row = route_model(args, model)
     mx.eval(model.parameters())
     bench = Bench(
@@ -179,7 +191,7 @@ def prepare(args: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
         "pattern": dataclasses.asdict(config.pattern),
         "settings": {
             name: getattr(args, name)
-            for name in ("omega", "route", "generation_tokens", "num_trials", "prefill_step_size")
+            for name in ("omega", "route", "kv_policy", "generation_tokens", "num_trials", "prefill_step_size")
         },
     }
     return bench, facts
@@ -217,7 +229,7 @@ def as_text(record: dict[str, Any], show_routes: bool) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. Bad input ends in one line on stderr and status 2, before anything is measured."""
-    os.environ.setdefault("MLX_CUDA_SDPA_CACHE_SIZE", SDPA_PLANS)
+    prepare_cuda()
     parser = setup_arg_parser()
     args = parser.parse_args(argv)
     on_cpu = mx.default_device() == mx.Device(mx.cpu)

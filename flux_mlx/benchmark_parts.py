@@ -24,7 +24,7 @@ from flux_mlx.spec import PatternConfig, visible_pairs
 _SAMPLE_S = 0.01  # a sample lasts this long at least, so that waiting for the device does not count
 _MAX_CALLS = 64
 _SAMPLES = 3
-_CACHE_BYTES = 1 << 28  # decode reads this many bytes before it comes back to a key: more than caches hold
+_KEY_BYTES = 1 << 31  # decode goes round among caches of this size in all, so that keys come from memory
 _MAX_KEY_SETS = 16
 
 Attend = Callable[[mx.array, mx.array, mx.array], mx.array]
@@ -118,12 +118,19 @@ def prefill_seconds(shape: AttentionShape, tokens: int, step: int, attends: dict
     return total
 
 
-def decode_seconds(shape: AttentionShape, tokens: int, attends: dict[str, Attend]) -> dict[str, float]:
+def decode_seconds(
+    shape: AttentionShape, tokens: int, attends: dict[str, Attend], key_bytes: int = _KEY_BYTES
+) -> dict[str, float]:
     """Time of each kind of attention in one layer for one query over `tokens` keys, in a row of calls.
 
-    The calls go round among several caches, so that keys come from memory as they do in a model.
+    Args:
+        shape: Sizes.
+        tokens: Keys.
+        attends: The kinds, by name.
+        key_bytes: The calls go round among as many caches as fit into this, 16 at most, 1 at least. Sparse attention
+            reads little of each: with few of them it reads from the chip's own caches, which a model does not.
     """
-    sets = max(1, min(_MAX_KEY_SETS, _CACHE_BYTES // shape.kv_bytes(tokens)))
+    sets = max(1, min(_MAX_KEY_SETS, key_bytes // shape.kv_bytes(tokens)))
     caches = []
     for _ in range(sets):
         keys, values = (shape.keys(tokens) for _ in range(2))

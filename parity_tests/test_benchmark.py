@@ -60,6 +60,14 @@ def test_a_batch_takes_routes_of_its_own_in_each_row(tmp_path, capsys):
     assert row["stock"]["kv_bytes"] >= 3 * KV_BYTES_A_TOKEN * 79
 
 
+def test_evict_shows_in_the_allocators_bytes(tmp_path, capsys):
+    path = tmp_path / "record.json"
+    run("--lengths", "1500", "--kv-policy", "evict", "-n", "1", "--chunk", "512", "--json", str(path))
+    record = json.loads(path.read_text())
+    assert record["settings"]["kv_policy"] == "evict"
+    assert record["rows"][0]["kv_bytes_share"] < 0.7
+
+
 def test_the_crossover_is_reported(tmp_path, capsys):
     path = tmp_path / "record.json"
     run("--lengths", "40", "80", "--crossover", "--json", str(path), "-n", "1")
@@ -103,6 +111,7 @@ def test_a_flux_directory_keeps_its_routes_and_pattern(tmp_path, capsys):
         (("--lengths", "3G"), "got '3G'"),
         (("--lengths", "64", "-g", "1"), "expected an integer of 2 or more, got '1'"),
         (("--lengths", "64", "--omega", "0.5", "--route", "full"), "exclude each other"),
+        (("--lengths", "64", "--kv-policy", "evict", "-b", "2"), "evict serves one row at a time"),
         (("--lengths", "64", "--route", "7"), "[7] are not routed layers"),
         (("--lengths", "64", "--json", "{tmp}"), "got the directory"),
         (("--lengths", "64", "--json", "{tmp}/none/x.json"), "there is no directory"),
