@@ -10,16 +10,14 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 
 from flux_mlx import load
 from flux_mlx.models import set_route
-from parity_tests.properties import NEAR_TIES
+from parity_tests.greedy import Answers
 from parity_tests.server_process import Server, running_server
 from parity_tests.test_server import single_run
 from parity_tests.tiny_directories import flux_directory
-from parity_tests.tolerances import NEAR_TIE
 
 REQUESTS = int(os.environ.get("FLUX_MLX_SOAK", "30"))
 LONG = REQUESTS >= 200
@@ -62,19 +60,11 @@ def hang_up(server: Server) -> None:
             client.recv(1)
 
 
-def is_near_tie(model, tokens: list[int], ours: list[int], theirs: list[int]) -> bool:
-    """Whether two greedy answers part where the model itself can hardly tell."""
-    at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
-    logits = model(mx.array([tokens + ours[:at]]), cache=model.make_cache())[0, -1]
-    best = mx.sort(logits)[-2:]
-    return float(best[1] - best[0]) < NEAR_TIE * max(1.0, float(mx.abs(best[1])))
-
-
 def test_every_answer_is_its_single_run_answer(directory, tmp_path, monkeypatch, record_property):
     monkeypatch.setenv("FLUX_MLX_ROUTE", ",".join(map(str, FULL_LAYERS)))
     model, tokenizer = load(directory)
     set_route(model, FULL_LAYERS)
-    texts, memory, near_ties = prompts(REQUESTS), [], []
+    texts, memory = prompts(REQUESTS), []
     expected = {text: single_run(model, tokenizer, text, 8) for text in set(texts)}
     with running_server(directory, tmp_path / "log", "--prompt-cache-bytes", "20MB") as server:
 
@@ -88,15 +78,12 @@ def test_every_answer_is_its_single_run_answer(directory, tmp_path, monkeypatch,
         with ThreadPoolExecutor(CONCURRENCY) as pool:
             answers = list(pool.map(one, range(REQUESTS)))
         stats = server.wait_for(lambda stats: stats["open"] == 0)
+    compared = Answers(model)
     for text, answer in zip(texts, answers, strict=True):
-        if answer != expected[text]:
-            assert is_near_tie(model, tokenizer.encode(text), expected[text], answer), text
-            near_ties.append(text)
-    assert len(near_ties) <= REQUESTS // 100
-    if near_ties:
-        record_property(NEAR_TIES, f"{len(near_ties)} of {REQUESTS} {near_ties}")
+        compared.check(tokenizer.encode(text), answer, expected[text])
+    compared.report(record_property)
     assert (stats["failed"], stats["answered"]) == (0, REQUESTS)
     assert stats["prompt_cache"]["bytes"] <= 20e6
     warm = memory[int(WARM_UP * len(memory)) :]
     assert not LONG or max(warm[len(warm) // 2 :]) <= GROWTH * max(warm[: len(warm) // 2])
-    print(f"{REQUESTS} requests, {len(near_ties)} near-ties, resident memory {memory[0]} to {memory[-1]} KiB: {memory}")
+    print(f"{REQUESTS} requests, near-ties: {compared.decisions.ties}, resident memory in KiB: {memory}")
