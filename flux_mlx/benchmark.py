@@ -28,8 +28,8 @@ from flux_mlx.benchmark_report import (
 )
 from flux_mlx.benchmark_routes import make_routers_decide, spread_full_layers
 from flux_mlx.benchmark_text import Prompts, read_text, word_ids
-from flux_mlx.generate import add_route_arguments
-from flux_mlx.models import KV_POLICIES, FluxModel, apply, routed_layers, set_kv_policy, set_route
+from flux_mlx.generate import add_kv_policy_argument, add_route_arguments
+from flux_mlx.models import FluxModel, apply, routed_layers, set_kv_policy, set_route
 from flux_mlx.safe_loading import load_without_code
 from flux_mlx.spec import FluxConfig, PatternConfig
 from flux_mlx.spec.config import PATTERNS
@@ -93,7 +93,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add("--prompt", metavar="FILE", help="text of the prompts, - for stdin (default: Python's manual, repeated)")
     add("--lengths", type=length, nargs="+", metavar="TOKENS", help="of the prompts, as 512 32K 1M")
     add_route_arguments(parser)
-    add("--kv-policy", choices=KV_POLICIES, default="keep", help="of Flux's sparse layers (default: %(default)s)")
+    add_kv_policy_argument(parser)
     add("--omega", type=_share, help="routers decide so that this share of the layers is sparse, spread over the depth")
     add("--batch-size", "-b", type=_count(1), default=1, help="prompts at a time (default: %(default)s)")
     add("--generation-tokens", "-g", type=_count(2), default=64, help="for each prompt (default: %(default)s)")
