@@ -227,17 +227,44 @@ def device(monkeypatch):
 SMALL = replace(PREFILL_PATTERN, sink_tokens=64, window_tokens=128)
 
 
-@pytest.mark.parametrize("operation", ["prefill", "decode"])
 @pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 128), ("float16", 64)])
+@pytest.mark.parametrize("operation", ["prefill", "decode"])
 def test_self_tests(operation, dtype, head_dim):
     variant = Variant(operation, dtype, head_dim, 4, "cuda", SMALL)
     assert kernel_self_test.self_test(variant, HostCuda()) == ""
 
+
+def test_a_self_test_sees_a_wrong_result():
     def wrong(launch, inputs):
         first, *others = HostCuda()(launch, inputs)
         return [first * 1.2, *others]
 
+    variant = Variant("decode", "float16", 64, 4, "cuda", SMALL)
     assert "differs from the specification" in kernel_self_test.self_test(variant, wrong)
+
+
+MUTATIONS = {
+    "window off by one block": ("q_pos / BLOCK - WINDOW + 1", "q_pos / BLOCK - WINDOW"),
+    "sink dropped": ("return {begin < SINK ? begin : SINK, begin}", "return {0, begin}"),
+    "own key hidden": ("k_pos <= q_pos", "k_pos < q_pos"),
+    "a later key seen": ("k_pos <= q_pos", "k_pos <= q_pos + 1"),
+    "last key of a piece lost": ("number < piece.end", "number < piece.end - 1"),
+    "no barrier": ("  __syncthreads();\n", ""),
+    "lanes of other keys not merged": ("  merge_lanes<D, ROWS>(part);\n", ""),
+    "route ignored": ("is_sparse ? q_pos", "true ? q_pos"),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS)
+def test_mistakes_in_decode_are_found(mutation):
+    q, k, v = draw(2, 2, 2, 64), draw(2, 1, 333, 64), draw(2, 1, 333, 64, seed=1)
+    run = HostCuda(mutation=mutation)
+    results = cuda_kernels.routed_attention(q, k, v, (Route.FULL, Route.SPARSE), DECODE_PATTERN, splits=3, run=run)
+    arrays = [as_float64(x) for x in (q, k, v)]
+    by_row = zip(spec.full_attention(*arrays), spec.sparse_attention(*arrays, DECODE_PATTERN), strict=True)
+    expected = [np.stack([full[0], sparse[1]]) for full, sparse in by_row]
+    with pytest.raises(AssertionError):
+        check(results, expected, "float16")
 
 
 def test_the_policy(device, monkeypatch):
@@ -277,7 +304,7 @@ def test_doctor_knows_the_variants_of_this_gpu(device, monkeypatch):
 def test_the_benchmark_compares_rightly(monkeypatch):
     monkeypatch.setattr(mlx_cuda_attention, "DECODE_CASES", (("float16", 64, 2),))
     rows = mlx_cuda_attention.decode_parity(HostCuda(), DECODE_PATTERN, kv_tokens=140)
-    rows += mlx_cuda_attention.prefill_parity("portable", [("float16", 64, 64)], HostCuda(), kv_tokens=200)
+    rows += mlx_cuda_attention.prefill_parity("portable", [("float16", 64, 64)], HostCuda(), kv_tokens=100)
     assert len(rows) == 7
     assert all(row["right"] and row["repeats"] for row in rows)
 

@@ -74,11 +74,13 @@ class HostCuda:
         views: Views that stand for inputs of a source kernel, by name: a strided cache.
         sanitize: Run source kernels under AddressSanitizer and UBSan.
         timeout_s: Longest run of a source kernel.
+        mutation: (text, its replacement) in `decode.cuh`: a mistake that a test must find.
     """
 
     views: tuple[tuple[str, View], ...] = ()
     sanitize: bool = False
     timeout_s: int = 300
+    mutation: tuple[str, str] = ("", "")
 
     def __call__(self, launch: Launch, inputs: list[mx.array]) -> list[mx.array]:
         """Run `launch`; outputs start as NaN.
@@ -110,7 +112,11 @@ class HostCuda:
             payload += data
         x, y, z = launch.blocks
         sizes = (x * launch.threads, y, z, launch.threads, 1, 1, len(parameters(kernel)))
-        program = build.executable(host_text(launch, dtypes), sanitize=self.sanitize)
+        before, after = self.mutation
+        if before not in kernel.header():
+            raise ValueError(f"[HostCuda] expected {before!r} in decode.cuh, and it is not there.")
+        text = host_text(launch, dtypes)
+        program = build.executable(text.replace(before, after) if before else text, sanitize=self.sanitize)
         result = _execute(Path(program), struct.pack("<9I", 0, 0, *sizes) + table + payload, self.timeout_s)
         results, start = [], 8
         for shape, dtype in outputs:
