@@ -13,8 +13,9 @@ import mlx.core as mx
 from flux_mlx import cuda_kernels, kernel_policy, kernels, streaming, xattention
 from flux_mlx.spec import PatternConfig
 
-IMPLS = ("ops", "metal", "cuda")
-_KERNELS = {"metal": kernels, "cuda": cuda_kernels}
+_MODULES = {"metal": kernels} | dict.fromkeys(cuda_kernels.FAMILIES, cuda_kernels)
+_OPTIONS = {impl: {"family": family} for impl, family in cuda_kernels.FAMILIES.items()}
+IMPLS = ("ops", *_MODULES)
 
 
 def _check(who: str, q: mx.array, k: mx.array, v: mx.array) -> None:
@@ -50,7 +51,8 @@ def full_attention(
         q: `[B, HQ, L, D]`, float.
         k, v: `[B, HKV, S, D]`, the dtype of q; HKV divides HQ, S >= L.
         scale: Multiplier of the scores, D**-0.5 by default.
-        impl: "ops" (MLX's own kernel, also the default), or "metal" or "cuda" (ours).
+        impl: "ops" (MLX's own kernel, also the default), or one of ours: "metal", "cuda", or "cuda-portable" (prefill
+            by the kernel that every GPU since Ampere takes).
 
     Returns:
         `[B, HQ, L, D]`.
@@ -61,8 +63,8 @@ def full_attention(
     """
     _check("full_attention", q, k, v)
     _check_impl("full_attention", impl)
-    if impl in _KERNELS:
-        return _KERNELS[impl].full_attention(q, k, v, scale=scale)[0]
+    if impl in _MODULES:
+        return _MODULES[impl].full_attention(q, k, v, scale=scale, **_OPTIONS.get(impl, {}))[0]
     return streaming.dense(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
@@ -86,8 +88,8 @@ def sparse_attention(
         pattern: Which keys a query sees.
         prompt_tokens: Length of the whole prompt in exact prefill; None (chunked calls, decode) means streaming.
         scale: Multiplier of the scores, D**-0.5 by default.
-        impl: "ops" (compositions of stock attention calls), "metal" or "cuda" (our kernels; their gradient is that of
-            "ops"); never replaced when named. None: what `kernel_policy.choose` says.
+        impl: "ops" (compositions of stock attention calls), or our kernels as in `full_attention`, whose gradient is
+            that of "ops"; never replaced when named. None: what `kernel_policy.choose` says.
 
     Returns:
         `[B, HQ, L, D]`.
@@ -101,7 +103,7 @@ def sparse_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if impl is None:
         impl = kernel_policy.choose(q, k, v, pattern, prompt_tokens)
-    if impl in _KERNELS:
+    if impl in _MODULES:
         return _by_kernels(impl, pattern, prompt_tokens, scale)(q, k, v)
     return _by_operations(q, k, v, pattern, prompt_tokens, scale)
 
@@ -112,7 +114,8 @@ def _by_kernels(impl: str, pattern: PatternConfig, prompt_tokens: int | None, sc
 
     @mx.custom_function
     def forward(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        return _KERNELS[impl].sparse_attention(q, k, v, pattern, prompt_tokens=prompt_tokens, scale=scale)[0]
+        options = {"prompt_tokens": prompt_tokens, "scale": scale} | _OPTIONS.get(impl, {})
+        return _MODULES[impl].sparse_attention(q, k, v, pattern, **options)[0]
 
     @forward.vjp
     def backward(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> list[mx.array]:

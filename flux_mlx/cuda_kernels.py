@@ -24,6 +24,7 @@ from flux_mlx.spec import PatternConfig, Route
 
 Run = Callable[[Launch, list[mx.array]], list[mx.array]]
 
+FAMILIES = {"cuda": None, "cuda-portable": "portable"}  # compiled kernels that an `impl` allows; None: any
 CACHE_STEP_TOKENS = 256  # stock caches grow by so many tokens; one that is full is dense
 _HOPPER = Device(9, 0, 132, 50 << 20)  # an H100 with every multiprocessor that NVIDIA sells
 _ATTRIBUTES = {"multiprocessors": 16, "l2_bytes": 38}  # CUdevice_attribute of the driver

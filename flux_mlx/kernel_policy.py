@@ -59,45 +59,49 @@ def variant_of(
 
 
 def cuda_variant_of(
-    q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None
+    q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None, backend: str = "cuda"
 ) -> Variant | None:
-    """The CUDA variant that a sparse call needs; None if no kernel takes it on this GPU."""
-    if cuda_kernels.refusal(q, k, v, pattern, prompt_tokens):
+    """The CUDA variant that a sparse call needs; None if no kernel of `backend` takes it on this GPU."""
+    if cuda_kernels.refusal(q, k, v, pattern, prompt_tokens, cuda_kernels.FAMILIES[backend]):
         return None
     rows = cuda_catalog.decode_rows(q.shape[1] // k.shape[1] * q.shape[2])
     is_decode = q.shape[2] <= cuda_catalog.DECODE_TOKENS
-    return _cuda_variant(kernels.dtype_name(q), q.shape[3], rows if is_decode else 0, pattern)
+    return _cuda_variant(kernels.dtype_name(q), q.shape[3], rows if is_decode else 0, backend, pattern)
 
 
 @cache
-def _cuda_variant(dtype: str, head_dim: int, decode_rows: int, pattern: PatternConfig) -> Variant:
+def _cuda_variant(dtype: str, head_dim: int, decode_rows: int, backend: str, pattern: PatternConfig) -> Variant:
     """The variant of prefill (no rows), or of decode: its self-test has the call's own window unless that is long."""
     block = pattern.block_size
     small = PatternConfig(block_size=block, sink_tokens=block, window_tokens=2 * block)
     if not decode_rows:
-        return Variant("prefill", dtype, head_dim, backend="cuda", pattern=small)
+        return Variant("prefill", dtype, head_dim, backend=backend, pattern=small)
     is_short = pattern.sink_span + pattern.window_span <= _LONGEST_TEST_TOKENS
     own = PatternConfig(block_size=block, sink_tokens=pattern.sink_span, window_tokens=pattern.window_span)
-    return Variant("decode", dtype, head_dim, decode_rows, "cuda", own if is_short else small)
+    return Variant("decode", dtype, head_dim, decode_rows, backend, own if is_short else small)
 
 
 def choose(q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None = None) -> str:
-    """What a sparse call without a named `impl` takes: "metal", "cuda" or "ops". Full attention stays stock.
+    """Which `impl` a sparse call without a named one takes. Full attention stays stock.
 
     Shapes as in `kernels.sparse_attention`.
     """
     if use_metal(q, k, v, pattern, prompt_tokens):
         return "metal"
-    return "cuda" if use_cuda(q, k, v, pattern, prompt_tokens) else "ops"
+    return _cuda_choice(q, k, v, pattern, prompt_tokens) if cuda_kernels.is_available() else "ops"
 
 
-def use_cuda(q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None = None) -> bool:
-    """Whether a sparse call without a named `impl` should go to the CUDA kernels."""
-    if not cuda_kernels.is_available():
-        return False
+def _cuda_choice(q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None) -> str:
+    """ "cuda"; "cuda-portable" if prefill's fastest kernel is wrong on this GPU and the other is not; else "ops"."""
     if mx.default_device().type != mx.gpu:
-        return _decline("the default device is not the GPU")
-    return _trusts(cuda_variant_of(q, k, v, pattern, prompt_tokens), pattern, k.shape[2])
+        _decline("the default device is not the GPU")
+        return "ops"
+    variant = cuda_variant_of(q, k, v, pattern, prompt_tokens)
+    if variant is not None and variant.operation == "prefill" and expects_to_win("prefill", pattern, k.shape[2]):
+        kernel = cuda_catalog.find(variant.dtype, variant.head_dim, pattern.block_size, cuda_kernels.device())
+        if kernel.family != "portable" and verdict(variant):
+            variant = cuda_variant_of(q, k, v, pattern, prompt_tokens, "cuda-portable") or variant
+    return variant.backend if _trusts(variant, pattern, k.shape[2]) else "ops"
 
 
 def use_metal(q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None = None) -> bool:

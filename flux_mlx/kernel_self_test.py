@@ -29,7 +29,7 @@ class Variant:
         dtype: Dtype name of q, k and v.
         head_dim: D.
         rows: Query rows of a threadgroup or block that share a KV head (decode; 1 elsewhere).
-        backend: "metal" or "cuda".
+        backend: The `impl` that calls of this kernel name.
         pattern: CUDA: what the case is masked by, for kernels are compiled for a pattern.
     """
 
@@ -49,7 +49,7 @@ def self_test(variant: Variant, run: Any = None) -> str:
         run: Launcher of its backend; the device's by default.
     """
     try:
-        if variant.backend == "cuda":
+        if variant.backend in cuda_kernels.FAMILIES:
             error = _cuda_error(variant, run or cuda_kernels.cuda_run)
         else:
             error = _metal_error(variant, run or kernels.metal_run)
@@ -112,7 +112,8 @@ def _cuda_error(variant: Variant, run: Any) -> float:
     group, q_tokens = (variant.rows, 1) if variant.operation == "decode" else (2, kv_tokens - 50)
     q, k, v = _tensors(variant, 2, group, q_tokens, kv_tokens)
     route = (int(Route.FULL), int(Route.SPARSE))
-    results = cuda_kernels.routed_attention(q, k, v, route, pattern, kv_tokens=kv_tokens, run=run)
+    options = {"kv_tokens": kv_tokens, "family": cuda_kernels.FAMILIES[variant.backend], "run": run}
+    results = cuda_kernels.routed_attention(q, k, v, route, pattern, **options)
     masks = [spec.visible_mask(rule, q_tokens, kv_tokens) for rule in (_dense(kv_tokens), pattern)]
     arrays = [np.array(x.astype(mx.float32)) for x in (q, k[:, :, :kv_tokens], v[:, :, :kv_tokens])]
     pairs = []

@@ -35,7 +35,7 @@ def test_shapes_that_do_not_fit_are_refused(attend, shapes, message):
 
 def test_unknown_implementations_are_refused():
     with pytest.raises(
-        ValueError, match=r"\[full_attention\] impl must be one of \['ops', 'metal', 'cuda'\] or None, got 'triton'"
+        ValueError, match=r"\[full_attention\] impl must be one of \['ops', 'metal', 'cuda', 'cuda-portable'\] or None, got 'triton'"
     ):
         full_attention(*arrays(), impl="triton")
     with pytest.raises(ValueError, match=r"\[sparse_attention\] impl must be one of"):

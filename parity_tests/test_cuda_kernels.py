@@ -194,13 +194,14 @@ def test_strides_that_int32_cannot_hold():
 
 
 @needs_no_device
+@pytest.mark.parametrize("impl", cuda_kernels.FAMILIES)
 @pytest.mark.parametrize("L", [1, 30])
-def test_cuda_by_name_is_never_replaced(L):
+def test_cuda_by_name_is_never_replaced(L, impl):
     q, k = draw(1, 4, L, 64), draw(1, 2, 300, 64)
     with pytest.raises(RuntimeError, match='impl="cuda" needs MLX with a CUDA device'):
-        attention.sparse_attention(q, k, k, PREFILL_PATTERN, impl="cuda")
+        attention.sparse_attention(q, k, k, PREFILL_PATTERN, impl=impl)
     with pytest.raises(RuntimeError, match='impl="cuda" needs MLX with a CUDA device'):
-        attention.full_attention(q, k, k, impl="cuda")
+        attention.full_attention(q, k, k, impl=impl)
 
 
 @needs_no_device
@@ -281,6 +282,23 @@ def test_the_policy(device, monkeypatch):
         ("decode", 2, "cuda"),
     }
     assert device.calls == {"cuda": 2, "ops: operations should be faster": 1, "ops: unsupported dtype or head dim": 1}
+
+
+def test_a_wrong_hopper_kernel_leaves_the_portable_one(device, monkeypatch):
+    monkeypatch.setattr(cuda_kernels, "device", lambda: H100)
+    monkeypatch.setattr(
+        kernel_policy, "self_test", lambda variant, run: "" if "portable" in variant.backend else "wrong"
+    )
+    q, k = draw(1, 4, 30, 64), draw(1, 2, 700, 64)
+    pattern = PatternConfig(block_size=128, sink_tokens=128, window_tokens=128)
+    with pytest.warns(RuntimeWarning, match="wrong"):
+        assert kernel_policy.choose(q, k, k, pattern) == "cuda-portable"
+    launches = []
+    cuda_kernels.sparse_attention(q, k, k, pattern, family=cuda_kernels.FAMILIES["cuda-portable"], run=_note(launches))
+    assert launches[0].kernel.name == "flux_portable_float16_d64_b128"
+    with pytest.warns(RuntimeWarning, match="wrong"):
+        assert kernel_policy.choose(q[:, :, :1], k, k, pattern) == "ops"
+    assert device.calls == {"cuda-portable": 1, "ops: self-test failed": 1}
 
 
 def test_a_failed_load_means_operations(device, monkeypatch):
