@@ -19,6 +19,7 @@ SOURCES = ROOT / "cuda_reference"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TIMEOUT_S = 185
 ACCESS = re.compile(r" at (\w+)\+0x[0-9a-f]+ in (triton_\w+\.py):(\d+)")
+DISPATCH = ("def ", "_attend_tiles(", "gl.warp_specialize(")  # what the lines of Triton's own accesses start with
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) ")
 
 
@@ -45,8 +46,8 @@ def reports(log: str) -> list[str]:
 def is_dispatch(report: str) -> bool:
     """Whether a race is one between the accesses by which Triton starts and ends specialised warps.
 
-    These stand at the Hopper kernel's `def` and at its `gl.warp_specialize(`, where nothing of ours touches shared
-    memory; a barrier of the whole block lies between them (cuda_reference/README.md).
+    These stand at the lines of DISPATCH in the Hopper kernel, where nothing of ours touches shared memory; a barrier of
+    the whole block lies between them (cuda_reference/README.md).
     """
     accesses = ACCESS.findall(report)
     return bool(accesses) and all(_starts_warps(file, int(number)) for _, file, number in accesses)
@@ -54,7 +55,7 @@ def is_dispatch(report: str) -> bool:
 
 def _starts_warps(file: str, number: int) -> bool:
     lines = (SOURCES / "triton_hopper.py").read_text(encoding="utf-8").splitlines()
-    return file == "triton_hopper.py" and lines[number - 1].strip().startswith(("def ", "gl.warp_specialize("))
+    return file == "triton_hopper.py" and lines[number - 1].strip().startswith(DISPATCH)
 
 
 def summary(tool: str, log: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from flux_mlx.spec import PatternConfig  # noqa: E402
 LINES = barriers.KERNEL.read_text(encoding="utf-8").splitlines()
 SPECIALIZE = next(i for i, line in enumerate(LINES, 1) if line.strip() == "gl.warp_specialize(")
 KERNEL = next(i for i, line in enumerate(LINES, 1) if line.startswith("def prefill_kernel("))
+CALL = next(i for i, line in enumerate(LINES, 1) if line.startswith("    _attend_tiles("))
 STORE = next(i for i, line in enumerate(LINES, 1) if "q.store(" in line)
 
 
@@ -39,9 +40,9 @@ def log(*found: str, errors: int | None = None) -> str:
 
 def test_races_at_triton_s_dispatch_are_told_from_others():
     assert sanitize.summary("racecheck", log())["ok"]
-    dispatch = sanitize.summary("racecheck", log(race(KERNEL, KERNEL), race(KERNEL, SPECIALIZE)))
+    dispatch = sanitize.summary("racecheck", log(race(KERNEL, KERNEL), race(KERNEL, SPECIALIZE), race(KERNEL, CALL)))
     assert dispatch["ok"]
-    assert dispatch["at_dispatch"] == 2
+    assert dispatch["at_dispatch"] == 3
     ours = sanitize.summary("racecheck", log(race(KERNEL, SPECIALIZE), race(KERNEL, STORE)))
     assert not ours["ok"]
     assert len(ours["others"]) == 1
