@@ -93,10 +93,12 @@ def main() -> None:
 
 
 def _start(tool: str, log: Path, folder: Path) -> subprocess.Popen:
-    small = [sys.executable, "-m", "benchmarks.bench_triton_verify", "--small", "--out", str(folder / tool)]
+    """A tool over the small cases, what both print going to `log`."""
     (folder / tool).mkdir()
-    command = ["timeout", str(TIMEOUT_S), "compute-sanitizer", "--tool", tool, "--log-file", str(log), *small]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    small = [sys.executable, "-m", "benchmarks.bench_triton_verify", "--small", "--out", str(folder / tool)]
+    command = ["timeout", str(TIMEOUT_S), "compute-sanitizer", "--tool", tool, "--target-processes", "application-only"]
+    with log.open("w") as file:
+        return subprocess.Popen([*command, *small], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
 
 
 if __name__ == "__main__":
