@@ -83,8 +83,9 @@ def main() -> None:
         logs = {tool: Path(folder) / f"{tool}.log" for tool in TOOLS}
         running = {tool: _start(tool, logs[tool], Path(folder)) for tool in TOOLS}
         for tool, process in running.items():
-            process.wait()
-            rows.append(summary(tool, logs[tool].read_text(encoding="utf-8", errors="replace")))
+            code = process.wait()
+            row = summary(tool, logs[tool].read_text(encoding="utf-8", errors="replace"))
+            rows.append(row | {"exit_code": code, "ok": row["ok"] and code == 0})
     write_json(
         options.out / "bench_triton_sanitize.json",
         {"command": "python -m benchmarks.bench_triton_sanitize", "rows": rows},
