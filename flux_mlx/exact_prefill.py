@@ -202,7 +202,7 @@ def prefill(
     An interrupted prefill (an exception in the callback, Ctrl-C) leaves the cache as it was. With several ranks, call
     it within `mx.stream(mlx_lm.generate.generation_stream)`: on one stream ranks exchange their sums in one order.
     """
-    prompt = mx.array(prompt)
+    prompt = prompt if isinstance(prompt, mx.array) else mx.array(prompt)
     if prompt.ndim != 1 or prompt.size < 1:
         raise ValueError(f"[prefill] prompt must be int [L] with L >= 1, got shape {tuple(prompt.shape)}.")
     if prefill_step_size < 1:

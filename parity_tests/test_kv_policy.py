@@ -11,6 +11,7 @@ from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 import flux_mlx
+from benchmarks import long_context_memory
 from flux_mlx.cache import can_trim
 from flux_mlx.cache_files import save_prompt_cache
 from flux_mlx.chat import Conversation
@@ -256,3 +257,13 @@ def test_the_servers_prompt_cache_begins_anew_where_keys_are_gone():
     assert found[0].offset == len(tokens)
     assert kept.fetch_nearest_cache("model", [*tokens[:100], 1, 2]) == (None, [*tokens[:100], 1, 2])
     assert kept.fetch_nearest_cache("model", tokens)[1] in (tokens[-1:], tokens)
+
+
+def test_the_script_behind_the_figures_sees_flat_memory():
+    tokens = (2048, 8192)
+    found = long_context_memory.main(["--tokens", *map(str, tokens), "--generated-tokens", "300", "--layers", "2"])
+    short, long = found["runs"]
+    assert long["after_prefill_bytes"] <= 1.1 * short["after_prefill_bytes"]
+    assert long["after_answer_bytes"] <= 1.1 * short["after_answer_bytes"]
+    grown = long["hidden_states_bytes"] - short["hidden_states_bytes"]
+    assert long["prefill_peak_bytes"] <= short["prefill_peak_bytes"] + 3 * grown
