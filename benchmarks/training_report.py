@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 RETRIEVAL, TEXT = ("single-magic", "single", "multi-keys"), ("code", "document")
+MIX = (*RETRIEVAL, "multi-hops", "aggregation", "icl", *TEXT)
 Results = dict[str, Any]
 
 
@@ -57,6 +58,12 @@ def mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else float("nan")
 
 
+def lost(results: Results, contender: str) -> float:
+    """Nats a token lost to all layers full, mean over all cells of the mix."""
+    nll, ratio = (pick(results, contender, MIX, value) for value in ("nll", "nll_ratio"))
+    return mean([a - a / b for a, b in zip(nll, ratio, strict=True)])
+
+
 COLUMNS: dict[str, Callable[[Results, str], float]] = {
     "Omega, retrieval": lambda r, c: mean(pick(r, c, RETRIEVAL, "omega")),
     "NLL ratio, retrieval": lambda r, c: mean(pick(r, c, RETRIEVAL, "nll_ratio")),
@@ -64,7 +71,9 @@ COLUMNS: dict[str, Callable[[Results, str], float]] = {
     "choice, unseen forms": lambda r, c: 100 * mean(pick(r, c, RETRIEVAL, "accuracy_diff", "ood")),
     "Omega, code and documents": lambda r, c: mean(pick(r, c, TEXT, "omega")),
     "NLL ratio, code and documents": lambda r, c: mean(pick(r, c, TEXT, "nll_ratio")),
-    "visible pairs": lambda r, c: mean(pick(r, c, (*RETRIEVAL, *TEXT), "pairs")),
+    "Omega, all kinds": lambda r, c: mean(pick(r, c, MIX, "omega")),
+    "nats lost, all kinds": lost,
+    "visible pairs": lambda r, c: mean(pick(r, c, MIX, "pairs")),
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import training_agreement, training_memory, training_report
 from benchmarks.training_choose import choose
-from benchmarks.training_report import information, merge, report, targets
+from benchmarks.training_report import comparison, information, lost, merge, report, targets
 
 KINDS = ("single-magic", "single", "multi-keys", "code", "document")
 
@@ -48,6 +48,12 @@ def test_targets_hold_or_not():
     text = targets(worse, "seed0")
     assert "worst cell | 1.300 | at most 1.020 | **no**" in text
     assert text.count("**no**") == 3
+
+
+def test_what_is_lost_is_in_nats():
+    assert lost(made(), "seed0") == pytest.approx(0.02)
+    line = next(line for line in comparison(made()).splitlines() if "seed0 " in line)
+    assert line.split(" | ")[1:4] == ["0.750", "1.010", "-1.000"]
 
 
 def test_collapsed_routing_says_nothing_about_the_task():
