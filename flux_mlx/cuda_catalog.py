@@ -19,12 +19,13 @@ from flux_mlx.spec import PatternConfig
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)
 DECODE_TOKENS = 8  # longest call that is decoded
+MAX_SPLITS = 128  # kMaxSplits of decode.cuh
 LOG2_E = 1.4426950408889634
 
 _TILE_TOKENS = 128  # rows and keys of the Hopper kernel's tiles
 _SPLIT_KEYS = 32  # keys that a decode block of head dim 128 takes at once
 _DECODE_THREADS = 128
-_MAX_SPLITS = 64
+_WANTED_SPLITS = 64  # at most
 _MAX_ROWS = 8  # of a decode block
 _BLOCKS_PER_MULTIPROCESSOR = 2
 _INT32_LIMIT = 1 << 31
@@ -231,7 +232,7 @@ def decode_splits(device: Device, q: Shape, kv_heads: int, visible_tokens: int) 
     B, HQ, L, D = q
     rows = HQ // kv_heads * L
     blocks = B * kv_heads * _ceil_div(rows, decode_rows(rows))
-    wanted = max(1, min(_MAX_SPLITS, _BLOCKS_PER_MULTIPROCESSOR * device.multiprocessors // blocks))
+    wanted = max(1, min(_WANTED_SPLITS, _BLOCKS_PER_MULTIPROCESSOR * device.multiprocessors // blocks))
     step = _SPLIT_KEYS * 128 // D
     piece = _ceil_div(_ceil_div(visible_tokens, wanted), step) * step
     return _ceil_div(visible_tokens, piece)

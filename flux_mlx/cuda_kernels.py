@@ -254,6 +254,8 @@ def _decode(
     visible = min(k.shape[2], span) if is_sparse else k.shape[2]
     if splits is None:
         splits = cuda_catalog.decode_splits(device(), shape, kv_heads, visible)
+    elif not 1 <= splits <= cuda_catalog.MAX_SPLITS:
+        raise ValueError(f"[cuda_kernels] expected splits from 1 to {cuda_catalog.MAX_SPLITS}, got {splits}.")
     split, merge = cuda_catalog.decode(shape, kv_heads, _dtype_name(q), pattern, scale, splits)
     out, lse = run(merge, run(split, [q, k, v, route]))
     return out.swapaxes(1, 2), lse

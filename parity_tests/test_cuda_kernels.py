@@ -55,7 +55,7 @@ def check(results, expected, dtype: str) -> None:
         ((1, 3, 3, 2, 2, 128), "float16"),
     ],
 )
-@pytest.mark.parametrize("splits", [None, 1, 7])
+@pytest.mark.parametrize("splits", [None, 1, 128])
 def test_decode(sizes, dtype, splits):
     B, HQ, HKV, L, S, D = sizes
     q, k, v = draw(B, HQ, L, D, dtype=dtype), draw(B, HKV, S, D, dtype=dtype), draw(B, HKV, S, D, dtype=dtype, seed=1)
@@ -183,6 +183,8 @@ def test_what_is_refused():
         cuda_kernels.sparse_attention(q, k, k, PatternConfig(name="triangle"), prompt_tokens=40)
     with pytest.raises(ValueError, match="no compiled kernel for block size 48"):
         cuda_kernels.sparse_attention(q, k, k, PatternConfig(block_size=48))
+    with pytest.raises(ValueError, match="expected splits from 1 to 128, got 129"):
+        cuda_kernels.full_attention(q[:, :, :1], k, k, splits=129)
     with pytest.raises(ValueError, match="expected L <= kv_tokens <= keys in the buffer, got 20, 41, 40"):
         cuda_kernels.full_attention(q, k, k, kv_tokens=41)
 
@@ -250,7 +252,8 @@ MUTATIONS = {
     "own key hidden": ("k_pos <= q_pos", "k_pos < q_pos"),
     "a later key seen": ("k_pos <= q_pos", "k_pos <= q_pos + 1"),
     "last key of a piece lost": ("number < piece.end", "number < piece.end - 1"),
-    "no barrier": ("  __syncthreads();\n", ""),
+    "no barrier": ("(part, tile);\n  __syncthreads();\n", "(part, tile);\n"),
+    "no barrier in the merge": ("  }\n  __syncthreads();\n", "  }\n"),
     "lanes of other keys not merged": ("  merge_lanes<D, ROWS>(part);\n", ""),
     "route ignored": ("is_sparse ? q_pos", "true ? q_pos"),
 }

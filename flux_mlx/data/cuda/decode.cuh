@@ -11,6 +11,7 @@
 namespace flux {
 
 constexpr int kWarps = 4;
+constexpr int kMaxSplits = 128;
 constexpr int kChannels = 8;  // of a lane: one load of 16 bytes
 constexpr int kNowhere = 0x7fffffff;  // a position that no query sees
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -311,7 +312,9 @@ __device__ void decode_split(
   #pragma unroll
   for (int r = 0; r < ROWS; r++) {
     const Row row = row_of(seat, r, heads_per_kv, q_tokens);
-    const Pack<T> pack = load_pack<false>(head_rows(q, q_strides, seat.batch, row.head), row.query, channel);
+    const Rows<T> source = head_rows(q, q_strides, seat.batch, row.head);
+    const Pack<T> pack =
+        source.is_packed ? load_pack<true>(source, row.query, channel) : load_pack<false>(source, row.query, channel);
     queries.positions[r] = kv_tokens - q_tokens + row.query;
     queries.spans[r] = span_of<BLOCK, SINK, WINDOW>(queries.positions[r], is_sparse);
     part.top[r] = kNoScore;
@@ -335,19 +338,32 @@ __device__ void decode_split(
   write_piece<D, ROWS>(tile, seat, heads, heads_per_kv, q_tokens, pieces, stats);
 }
 
+// Scratch of a merging block: maximum and sum of every split.
+struct SplitStats {
+  float top[kMaxSplits];
+  float total[kMaxSplits];
+};
+
 // One channel of one row (a block of D threads): out [B, L, HQ, D] and lse [B, HQ, L] from the splits of `decode_split`.
 template <typename T, int D>
 __device__ void merge_splits(
-    const float* pieces, const float* stats, int heads, int q_tokens, int splits, T* out, float* lse) {
+    const float* pieces, const float* stats, int heads, int q_tokens, int splits, SplitStats& scratch, T* out, float* lse) {
   const int64_t row = blockIdx.x;  // (b * HQ + h) * L + t
   const int channel = int(threadIdx.x);
-  float top = kNoScore, total = 0.0f, sum = 0.0f;
-  for (int s = 0; s < splits; s++) {
-    top = fmaxf(top, stats[2 * (row * splits + s)]);
+  for (int s = channel; s < splits; s += D) {
+    scratch.top[s] = stats[2 * (row * splits + s)];
+    scratch.total[s] = stats[2 * (row * splits + s) + 1];
   }
+  __syncthreads();
+  float top = kNoScore, total = 0.0f, sum = 0.0f;
+#pragma unroll 8
   for (int s = 0; s < splits; s++) {
-    const float weight = exp2f(stats[2 * (row * splits + s)] - top);
-    total += weight * stats[2 * (row * splits + s) + 1];
+    top = fmaxf(top, scratch.top[s]);
+  }
+#pragma unroll 8
+  for (int s = 0; s < splits; s++) {
+    const float weight = exp2f(scratch.top[s] - top);
+    total += weight * scratch.total[s];
     sum += weight * pieces[(row * splits + s) * D + channel];
   }
   const int64_t batch = row / (heads * q_tokens), head = row / q_tokens % heads, query = row % q_tokens;
