@@ -8,255 +8,18 @@ with full routes exactly what the stock model does, with the routers' own routes
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
 import json
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optim
-from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step
-from mlx_lm.models.cache import (
-    can_trim_prompt_cache,
-    load_prompt_cache,
-    make_prompt_cache,
-    save_prompt_cache,
-    trim_prompt_cache,
-)
-from mlx_lm.tuner.trainer import default_loss
-from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx_lm.utils import does_model_support_input_embeddings, quantize_model, save_config, save_model
 
-from flux_mlx import prefill, routes
-from flux_mlx.model_directory import flux_config
-from flux_mlx.models import apply, set_route
-from flux_mlx.safe_loading import load_flux
-from flux_mlx.spec import FluxConfig, Route
-from parity_tests.tiny_models import FAMILIES, PATTERN, ROUTER, prompt, randomise_routers, stock_model, tiny_config
+from parity_tests.entry_point_cells import ENTRY_POINTS, PRECISIONS, make_case, run_case
+from parity_tests.tiny_models import FAMILIES
 
-PRECISIONS = ("float32", "bfloat16", "8-bit", "4-bit")
-DOCUMENT = Path(__file__).parents[1] / "docs" / "entry_points.md"
-TOKENS = prompt(61)
-GROUP_SIZE = 32
-
-
-class NotThereError(Exception):
-    """The stock model does not have this either."""
-
-
-@dataclass
-class Case:
-    """One family at one precision: the stock model and the Flux model of the same weights."""
-
-    family: str
-    precision: str
-    stock: nn.Module
-    flux: nn.Module
-    config: dict[str, Any]
-    unavailable: str = ""  # why the stock model does not run at all on this machine
-
-    def each(self) -> tuple[nn.Module, nn.Module]:
-        """The stock model, and the Flux model with full routes."""
-        set_route(self.flux, "full")
-        return self.stock, self.flux
-
-    def routed(self) -> nn.Module:
-        """The Flux model with its routers' routes."""
-        set_route(self.flux, "auto")
-        return self.flux
-
-
-def make_case(family: str, precision: str) -> Case:
-    """Build both models."""
-    models, config = [], tiny_config(family)
-    for _ in range(2):
-        model = stock_model(family)
-        if precision == "bfloat16":
-            model.set_dtype(mx.bfloat16)
-        elif precision != "float32":
-            model, config = quantize_model(model, tiny_config(family), GROUP_SIZE, int(precision[0]))
-        models.append(model)
-    flux = apply(models[1], FluxConfig(pattern=PATTERN, router=ROUTER))
-    randomise_routers(flux)
-    case = Case(family, precision, models[0], flux, config)
-    try:
-        _greedy(case.stock)
-    except RuntimeError as error:  # mixtures of experts in bfloat16 on MLX's CPU backend
-        case.unavailable = str(error)
-    return case
-
-
-def _greedy(model: nn.Module, tokens: list[int] = TOKENS, **settings: Any) -> list[int]:
-    settings = {"max_tokens": 6, "prefill_step_size": 32, **settings}
-    return [token for token, _ in generate_step(mx.array(tokens), model, **settings)]
-
-
-def _same(case: Case, run: Callable[[nn.Module], Any]) -> None:
-    """With full routes the run gives what it gives on the stock model; with automatic routes it ends."""
-    stock, full = map(run, case.each())
-    assert stock == full, f"{full} instead of {stock}"
-    run(case.routed())
-
-
-def generate(case: Case) -> None:
-    """`generate_step`, by chunks."""
-    _same(case, _greedy)
-    cache = case.routed().make_cache()
-    _greedy(case.flux, prompt_cache=cache)
-    assert Route.UNSET not in routes(cache)
-
-
-def exact(case: Case) -> None:
-    """`flux_mlx.prefill`, then stock generation."""
-
-    def run(model: nn.Module) -> list[int]:
-        cache = make_prompt_cache(model)
-        rest = prefill(model, mx.array(TOKENS), cache, prefill_step_size=32) if model is case.flux else mx.array(TOKENS)
-        return _greedy(model, rest.tolist(), prompt_cache=cache)
-
-    _same(case, run)
-
-
-def batch(case: Case) -> None:
-    """`BatchGenerator` with rows of several lengths."""
-
-    def run(model: nn.Module) -> list[list[int]]:
-        generator = BatchGenerator(model, max_tokens=5, prefill_step_size=32)
-        out = {uid: [] for uid in generator.insert([TOKENS, prompt(7, 1), prompt(33, 2)])}
-        while responses := generator.next_generated():
-            for response in responses:
-                out[response.uid].append(response.token)
-        return list(out.values())
-
-    _same(case, run)
-
-
-def speculative(case: Case, as_draft: bool) -> None:
-    """`speculative_generate_step`."""
-    if not can_trim_prompt_cache(make_prompt_cache(case.stock)):
-        raise NotThereError("its cache cannot be trimmed")
-
-    def run(model: nn.Module) -> list[int]:
-        pair = (case.stock, model) if as_draft else (model, case.stock)
-        found = speculative_generate_step(mx.array(TOKENS), *pair, max_tokens=6, num_draft_tokens=3)
-        return [token for token, *_ in found]
-
-    _same(case, run)
-
-
-def input_embeddings(case: Case) -> None:
-    """`generate_step(input_embeddings=)`."""
-    if not does_model_support_input_embeddings(case.stock):
-        raise NotThereError("the family takes no embeddings")
-    embeddings = case.stock.model.embed_tokens(mx.array(TOKENS))
-    _same(case, lambda model: _greedy(model, [], input_embeddings=embeddings))
-
-
-def kv_bits(case: Case) -> None:
-    """`generate_step(kv_bits=8)`."""
-    try:
-        _greedy(case.stock, kv_bits=8, kv_group_size=GROUP_SIZE, quantized_kv_start=0)
-    except (NotImplementedError, ValueError) as error:
-        raise NotThereError(str(error)) from error
-    _same(case, partial(_greedy, kv_bits=8, kv_group_size=GROUP_SIZE, quantized_kv_start=0))
-
-
-def prompt_cache(case: Case) -> None:
-    """`save_prompt_cache`, `load_prompt_cache`, and on with another question."""
-
-    def run(model: nn.Module) -> list[int]:
-        cache = make_prompt_cache(model)
-        _greedy(model, max_tokens=0, prompt_cache=cache)
-        with tempfile.TemporaryDirectory() as folder:
-            file = str(Path(folder) / "cache.safetensors")
-            save_prompt_cache(file, cache)
-            loaded = load_prompt_cache(file)
-            answer = _greedy(model, prompt(20, 3), prompt_cache=loaded)
-        assert answer == _greedy(model, prompt(20, 3), prompt_cache=cache), "saved is not live"
-        return answer
-
-    _same(case, run)
-
-
-def prefix_reuse(case: Case) -> None:
-    """A copied cache, trimmed, goes on with another question."""
-    if not can_trim_prompt_cache(make_prompt_cache(case.stock)):
-        raise NotThereError("its cache cannot be trimmed")
-
-    def run(model: nn.Module) -> list[int]:
-        cache = make_prompt_cache(model)
-        _greedy(model, max_tokens=0, prompt_cache=cache)
-        cache = copy.deepcopy(cache)
-        trim_prompt_cache(cache, 25)
-        return _greedy(model, prompt(20, 3), prompt_cache=cache)
-
-    _same(case, run)
-
-
-def no_cache(case: Case) -> None:
-    """The model called without a cache, as `mlx_lm.perplexity` calls it."""
-    x = mx.array([prompt(40, 1), prompt(40, 2)])
-    stock, full = (model(x) for model in case.each())
-    assert (
-        mx.allclose(stock, full, rtol=2e-2, atol=2e-2) if case.precision == "bfloat16" else mx.array_equal(stock, full)
-    )
-    mx.eval(case.routed()(x))
-
-
-def lora(case: Case) -> None:
-    """Two compiled steps of `mlx_lm.lora` on copies of the models."""
-
-    def run(model: nn.Module) -> list[float]:
-        case.each()
-        model = copy.deepcopy(model)
-        model.freeze()
-        mx.random.seed(0)
-        linear_to_lora_layers(model, 2, {"rank": 4, "scale": 10.0, "dropout": 0.0})
-        model.train()
-        optimizer, grad = optim.Adam(1e-3), nn.value_and_grad(model, default_loss)
-        state = [model.state, optimizer.state, mx.random.state]
-
-        @partial(mx.compile, inputs=state, outputs=state)
-        def step(x: mx.array, lengths: mx.array) -> mx.array:
-            (loss, _), gradient = grad(model, x, lengths)
-            optimizer.update(model, gradient)
-            return loss
-
-        return [step(mx.array([TOKENS]), mx.array([[0, 60]])).item() for _ in range(2)]
-
-    _same(case, run)
-
-
-def directory(case: Case) -> None:
-    """Written to a model directory and loaded again: the same tokens."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model"
-        save_model(path, case.routed())
-        save_config(flux_config(case.config, FluxConfig(pattern=PATTERN, router=ROUTER)), path / "config.json")
-        model, _ = load_flux(path, json.loads((path / "config.json").read_text()))
-        assert _greedy(model) == _greedy(case.flux)
-
-
-ENTRY_POINTS: dict[str, Callable[[Case], None]] = {
-    "generate": generate,
-    "exact prefill": exact,
-    "batch": batch,
-    "speculative, target": partial(speculative, as_draft=False),
-    "speculative, draft": partial(speculative, as_draft=True),
-    "input_embeddings": input_embeddings,
-    "kv-bits 8": kv_bits,
-    "saved prompt cache": prompt_cache,
-    "prefix reuse": prefix_reuse,
-    "without cache": no_cache,
-    "lora": lora,
-    "save and load": directory,
-}
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "entry_points.md"
+DRIFT = ROOT / "benchmarks" / "prefix_drift.json"
 
 COMMANDS = {
     "`mlx_lm.generate`": (
@@ -272,52 +35,44 @@ COMMANDS = {
     "`mlx_lm.convert -q`": ("test_stock_commands.py", "works; routers keep their dtype"),
     "`mlx_lm.lora`, `mlx_lm.fuse`": (
         "test_stock_commands.py",
-        "work; training is with full attention, routers are not adapted",
+        "work; training is with full attention and passes routers by. `FLUX_MLX_TRAIN_ROUTERS=1`, for lora, fuse and "
+        "whatever loads the adapters, opens the routers to training (test_router_training.py)",
     ),
     "`mlx_lm.evaluate`": (
         "test_stock_tools.py: its class, over a stand-in for lm_eval",
         "works; a continuation of 16 tokens or more is routed anew",
     ),
     "`mlx_lm.perplexity`": (
-        "test_stock_tools.py: its function",
+        "test_stock_tools.py",
         "works; every row is routed by itself, over the whole window",
     ),
-    "`mlx_lm.awq`, `mlx_lm.gptq`": (
-        "test_stock_tools.py: their functions",
-        "work for the families that they support",
+    "`mlx_lm.awq`, `mlx_lm.gptq`, `mlx_lm.dynamic_quant`": (
+        "test_stock_tools.py",
+        "work, and leave routers alone; families that mlx-lm's awq does not know are refused by it",
     ),
     "`mlx_lm.server`": (
         "test_stock_commands.py",
-        "works; but its `--trust-remote-code` trusts every model that a request names: use `flux_mlx.server`",
+        "works; but its `--trust-remote-code` trusts every model that a request names, and with `--draft-model` it "
+        "goes on with cached prefixes at wrong positions, whatever the model: use `flux_mlx.server`",
     ),
-    "`flux_mlx.server`": ("test_server.py, test_soak.py", "works"),
+    "`flux_mlx.server`": (
+        "test_server.py, test_soak.py, test_server_replay.py",
+        "works; `/stats` lists routes, chunks and cached prefix of each request",
+    ),
     "`mlx.launch`, two local processes": (
         "test_distributed.py",
         "works for families with `shard`: llama, qwen2, qwen3, qwen3_moe, glm4_moe",
     ),
     "`mlx_lm.fuse --export-gguf`": (
-        "not run",
-        "not supported: mlx-lm writes the routers into the file, and GGUF readers refuse it. Export the base model",
+        "test_router_training.py",
+        "refused when the model is loaded, before anything is written: export the base model",
     ),
     "a Flux model as `--draft-model`": (
-        "test_models.py: the function",
-        "stock commands load drafts without the flag: use `flux_mlx.server`, or Python",
+        "test_models.py: the function; test_server.py: `flux_mlx.server`",
+        "stock commands load drafts without the trust flag: use `flux_mlx.server`, or Python",
     ),
 }
 """Command to (what runs it, what holds)."""
-
-
-def run_case(case: Case, name: str) -> str:
-    """ "yes", "no such thing: reason" (the stock model has it neither), or "FAILS: reason"."""
-    if case.unavailable:
-        return f"no such thing: {case.unavailable}"
-    try:
-        ENTRY_POINTS[name](case)
-    except NotThereError as error:
-        return f"no such thing: {error}"
-    except Exception as error:
-        return f"FAILS: {type(error).__name__}: {error}"
-    return "yes"
 
 
 def table(results: dict[tuple[str, str, str], str]) -> str:
@@ -336,6 +91,21 @@ def table(results: dict[tuple[str, str, str], str]) -> str:
     return "\n".join(lines)
 
 
+LONG_RUNS = {
+    "FLUX_MLX_SOAK=1000 python -m pytest -s parity_tests/test_soak.py": (
+        "1,000 requests, eight at a time, shared prefixes, clients that hang up: every answer is its single run's, "
+        "memory is flat after warm-up"
+    ),
+    "FLUX_MLX_SOAK=1000 python -m pytest -s parity_tests/test_server_replay.py": (
+        "1,000 requests with automatic routes, eight at a time: every answer is its replay's"
+    ),
+    "python -m parity_tests.fuzz --count 2000": (
+        "12,000 mutated configs, weights, tokenizers, router files, prompt caches and GGUF files: no crash, no silent "
+        "load of a stamped file, every error names its file"
+    ),
+}
+"""Command to what it holds."""
+
 INTRODUCTION = """# Entry points, families, precisions
 
 Made by `python -m parity_tests.entry_points`, which runs every cell on a tiny random model on a CPU. *all* is
@@ -345,17 +115,54 @@ either. Mixtures of experts in bfloat16 are missing because MLX's CPU backend mu
 
 {table}
 
-The commands themselves, as processes, are run by the test suite on a tiny Llama in float32:
+The commands themselves are run by the test suite on a tiny Llama in float32:
 
 {commands}
+
+## Chunks and cached prefixes
+
+With automatic routes a run equals its replay: the same chunks, on the same cached prefixes, give the same routes and
+the same greedy tokens. `FLUX_MLX_SOAK=1000 python -m pytest parity_tests/test_server_replay.py` holds it for 1,000
+requests to `flux_mlx.server`, eight at a time; near-ties are counted and listed
+([long runs](../benchmarks/long_runs.json)). On a cached prefix that was cut, all layers are full until 16 new tokens
+come in one call: a shorter question is answered with full attention. How far runs drift from a cold, exact one,
+{drift}
+
+## Long runs
+
+Not part of every test run; [what they gave](../benchmarks/long_runs.json).
+
+{long_runs}
 """
+
+
+def drift() -> str:
+    """The end of the introduction's last sentence, and a table: what benchmarks/prefix_drift.py found."""
+    found = json.loads(DRIFT.read_text("utf-8"))
+    lines = [
+        f"on SmolLM2-135M with its shipped routers ({found['samples']} samples, documents of "
+        f"{found['document_tokens']:.0f} tokens on average, {found['hardware']}; "
+        "[figures and command](../benchmarks/prefix_drift.json)):",
+        "",
+        "| prefill | layers routed as in the cold run | sparse layers | answer NLL, nats a token | minus cold run's |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in found["rows"].items():
+        away = f"{row['nll_minus_exact']:+.3f} ± {row['nll_minus_exact_standard_error']:.3f}"
+        cells = (f"{100 * row['same_routes']:.1f} %", f"{100 * row['sparse']:.1f} %", f"{row['answer_nll']:.3f}")
+        lines.append(f"| {name} | {' | '.join(cells)} | {'' if name == 'exact' else away} |")
+    return "\n".join(lines)
 
 
 def document(results: dict[tuple[str, str, str], str]) -> str:
     """docs/entry_points.md."""
     rows = [f"| {name} | {by} | {holds} |" for name, (by, holds) in COMMANDS.items()]
     commands = "\n".join(["| command | run by | with Flux models |", "|---|---|---|", *rows])
-    return INTRODUCTION.format(precisions=", ".join(PRECISIONS), table=table(results), commands=commands)
+    precisions = ", ".join(PRECISIONS)
+    runs = [f"| `{command}` | {holds} |" for command, holds in LONG_RUNS.items()]
+    long_runs = "\n".join(["| command | what it holds |", "|---|---|", *runs])
+    parts = {"table": table(results), "commands": commands, "drift": drift(), "long_runs": long_runs}
+    return INTRODUCTION.format(precisions=precisions, **parts)
 
 
 def main() -> None:
