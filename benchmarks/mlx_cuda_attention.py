@@ -2,7 +2,8 @@
 
     python -m benchmarks.mlx_cuda_attention --json FILE
 
-Every stage is tried whatever became of the others, and FILE is written anew after each. Seconds to expect on an H100,
+Every stage is tried whatever became of the others, in a new process after one that lost the device, and FILE is written
+anew after each. Seconds to expect on an H100,
 most of them for compiling: hopper 10, prefill-32K 10, decode 25, decode-times 35, prefill-128K 25, long 10, portable
 25, chunks 15, policy 20. A stage that would start after --budget-s is left out.
 
@@ -13,9 +14,12 @@ go round among caches that no L2 cache holds. The ideal is stock's dense time ti
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -45,6 +49,8 @@ SAMPLES = 3
 LONG_TOKENS = 65536
 
 Rows = list[dict[str, Any]]
+MODULE = "benchmarks.mlx_cuda_attention"
+BROKEN = 3  # exit code of a process that lost the device
 
 
 def draw(heads: int, tokens: int, batch: int = 1, dtype: str = DTYPE, head_dim: int = HEAD_DIM) -> mx.array:
@@ -247,16 +253,65 @@ def run_stage(stage: Callable[[], Rows]) -> dict[str, Any]:
     start, result = time.perf_counter(), {}
     try:
         result["rows"] = stage()
+        mx.clear_cache()
     except Exception as error:  # whatever fails must not keep the other stages from running
         result["error"] = f"{type(error).__name__}: {error}"
         traceback.print_exc(file=sys.stdout)
-    mx.clear_cache()
-    return result | {"seconds": round(time.perf_counter() - start, 1)}
+    return result | {"seconds": round(time.perf_counter() - start, 3)}
 
 
 def is_right(result: dict[str, Any]) -> bool:
     """Whether a stage ran, and every comparison in it holds."""
     return "error" not in result and all(row.get("right", True) for row in result["rows"])
+
+
+def is_usable() -> bool:
+    """Whether the device still computes: after a fault it does not, in this process."""
+    try:
+        return (mx.ones(3) + 1).sum().item() == 6
+    except RuntimeError:
+        return False
+
+
+def run_stages(names: Sequence[str], target: Path, budget_s: float) -> int:
+    """Run stages in this process and note each in `target`. BROKEN if the device is lost: then the others are not run."""
+    start = time.perf_counter()
+    for name in names:
+        record = json.loads(target.read_text())
+        result = {"error": "left out: the time was used up", "seconds": 0.0}
+        if time.perf_counter() - start < budget_s:
+            sys.stdout.write(f"== {name}\n")
+            result = run_stage(stages()[name])
+        record["stages"][name] = result
+        record |= {"versions": versions(), "hardware": hardware(), "launches_for": vars(cuda_kernels.device())}
+        write_json(target, record)
+        for row in result.get("rows", []):
+            sys.stdout.write(f"    {row}\n")
+        sys.stdout.write(f"== {name}: {'ok' if is_right(result) else 'WRONG'} in {result['seconds']} s\n")
+        sys.stdout.flush()
+        if result["seconds"] and "error" in result and not is_usable():
+            return BROKEN
+    return 0
+
+
+def supervise(names: Sequence[str], target: Path, budget_s: float, command: Sequence[str]) -> None:
+    """Run stages in a process of their own, and those behind one that took device or process with it in another.
+
+    Args:
+        names: The stages.
+        target: The record; stages are added to it.
+        budget_s: For all of them.
+        command: What runs `run_stages`, given --stages and --budget-s.
+    """
+    start, left = time.perf_counter(), list(names)
+    while left:
+        seconds = budget_s - (time.perf_counter() - start)
+        code = subprocess.call([*command, "--stages", *left, "--budget-s", str(seconds)])
+        record = json.loads(target.read_text())
+        left = [name for name in left if name not in record["stages"]]
+        if left and code != BROKEN:
+            record["stages"][left.pop(0)] = {"error": f"the process ended with code {code}"}
+            write_json(target, record)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -265,26 +320,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
     parser.add_argument("--stages", nargs="+", choices=list(stages()), default=list(stages()), metavar="STAGE")
     parser.add_argument("--budget-s", type=float, default=240.0, help="(default: %(default)s)")
+    parser.add_argument("--in-this-process", action="store_true", help="add to FILE, and end if the device is lost")
     args = parser.parse_args(argv)
     check_target(args.json)
     if not cuda_kernels.is_available():
         parser.error("needs MLX with a CUDA device, and there is none.")
-    start = time.perf_counter()
-    record = {"command": ["python -m benchmarks.mlx_cuda_attention", *(argv or sys.argv[1:])], "versions": versions()}
-    record |= {"hardware": hardware(), "launches_for": vars(cuda_kernels.device()), "stages": {}}
-    for name in args.stages:
-        if time.perf_counter() - start > args.budget_s:
-            record["stages"][name] = {"error": "left out: the time was used up"}
-            continue
-        sys.stdout.write(f"== {name}\n")
-        result = record["stages"][name] = run_stage(stages()[name])
-        for row in result.get("rows", []):
-            sys.stdout.write(f"    {row}\n")
-        sys.stdout.write(f"== {name}: {'ok' if is_right(result) else 'WRONG'} in {result['seconds']} s\n")
-        sys.stdout.flush()
-        if args.json:
-            write_json(args.json, record)
-    return 0 if all(is_right(result) for result in record["stages"].values()) else 1
+    if args.in_this_process:
+        return run_stages(args.stages, args.json, args.budget_s)
+    with tempfile.TemporaryDirectory() as folder:
+        target = args.json or Path(folder) / "record.json"
+        write_json(target, {"command": [MODULE, *(sys.argv[1:] if argv is None else argv)], "stages": {}})
+        command = [sys.executable, "-m", MODULE, "--in-this-process", "--json", str(target)]
+        supervise(args.stages, target, args.budget_s, command)
+        results = json.loads(target.read_text())["stages"]
+    return 0 if all(is_right(result) for result in results.values()) else 1
 
 
 if __name__ == "__main__":

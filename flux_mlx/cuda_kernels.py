@@ -42,7 +42,8 @@ def device() -> Device:
     info = mx.device_info(mx.gpu)
     facts = {"multiprocessors": _HOPPER.multiprocessors, "l2_bytes": _HOPPER.l2_bytes}
     facts |= _driver_facts()
-    return Device(int(info["compute_capability_major"]), int(info["compute_capability_minor"]), **facts)
+    major, minor = (int(info.get(f"compute_capability_{part}", 0)) for part in ("major", "minor"))
+    return Device(major, minor, **facts)
 
 
 def _driver_facts() -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import replace
 
 import mlx.core as mx
@@ -341,6 +343,46 @@ def test_the_benchmark_survives_a_stage():
     assert result["error"] == "KeyError: 0"
     assert not mlx_cuda_attention.is_right(result)
     assert mlx_cuda_attention.is_right(mlx_cuda_attention.run_stage(lambda: [{"right": True}, {"tokens": 3}]))
+
+
+FAKE = """
+import json, sys
+names = sys.argv[sys.argv.index("--stages") + 1 : sys.argv.index("--budget-s")]
+for name in names:
+    if name == "dies":
+        sys.exit(134)
+    record = json.load(open(sys.argv[1]))
+    record["stages"][name] = {"rows": [], "started_with": names[0]}
+    json.dump(record, open(sys.argv[1], "w"))
+    if name == "loses the device":
+        sys.exit(3)
+"""
+
+
+def test_a_lost_device_does_not_take_the_other_stages_with_it(tmp_path):
+    target, script = tmp_path / "record.json", tmp_path / "fake.py"
+    target.write_text('{"stages": {}}')
+    script.write_text(FAKE)
+    names = ["a", "loses the device", "b", "dies", "c"]
+    mlx_cuda_attention.supervise(names, target, 60.0, [sys.executable, str(script), str(target)])
+    done = json.loads(target.read_text())["stages"]
+    assert set(done) == set(names)
+    assert done["dies"] == {"error": "the process ended with code 134"}
+    assert [done[name]["started_with"] for name in ("a", "loses the device", "b", "c")] == ["a", "a", "b", "c"]
+
+
+def test_stages_are_noted_one_by_one(tmp_path, monkeypatch):
+    target = tmp_path / "record.json"
+    target.write_text('{"stages": {"before": {}}}')
+    usable = iter([True, False])
+    stages = {"fine": lambda: [{"right": True}], "wrong": lambda: 1 / 0, "worse": lambda: 1 / 0, "unreached": list}
+    monkeypatch.setattr(mlx_cuda_attention, "stages", lambda: stages)
+    monkeypatch.setattr(mlx_cuda_attention, "is_usable", lambda: next(usable))
+    assert mlx_cuda_attention.run_stages(list(stages), target, 60.0) == mlx_cuda_attention.BROKEN
+    done = json.loads(target.read_text())["stages"]
+    assert list(done) == ["before", "fine", "wrong", "worse"]
+    assert mlx_cuda_attention.run_stages(["unreached"], target, 0.0) == 0
+    assert "left out" in json.loads(target.read_text())["stages"]["unreached"]["error"]
 
 
 def test_fractions_of_the_ideal():
