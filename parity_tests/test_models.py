@@ -14,7 +14,8 @@ from mlx_lm.utils import quantize_model
 
 from flux_mlx import routes
 from flux_mlx.cache import CacheList
-from flux_mlx.models import Model, ModelArgs, RowGroup, apply, routed_layers, row_groups, set_route
+from flux_mlx.models import Model, ModelArgs, apply, routed_layers, set_route
+from flux_mlx.routed_attention import RowGroup, row_groups
 from flux_mlx.spec import FluxConfig, Route
 from parity_tests.greedy import Answers
 from parity_tests.tiny_models import (
