@@ -274,12 +274,13 @@ def is_usable() -> bool:
 
 
 def run_stages(names: Sequence[str], target: Path, budget_s: float) -> int:
-    """Run stages in this process and note each in `target`. BROKEN if the device is lost: then the others are not run."""
+    """Run stages in this process, noting each in `target`. BROKEN if the device is lost: the others are not run then."""
     start = time.perf_counter()
     for name in names:
         record = json.loads(target.read_text())
         result = {"error": "left out: the time was used up", "seconds": 0.0}
-        if time.perf_counter() - start < budget_s:
+        is_in_time = time.perf_counter() - start < budget_s
+        if is_in_time:
             sys.stdout.write(f"== {name}\n")
             result = run_stage(stages()[name])
         record["stages"][name] = result
@@ -289,7 +290,7 @@ def run_stages(names: Sequence[str], target: Path, budget_s: float) -> int:
             sys.stdout.write(f"    {row}\n")
         sys.stdout.write(f"== {name}: {'ok' if is_right(result) else 'WRONG'} in {result['seconds']} s\n")
         sys.stdout.flush()
-        if result["seconds"] and "error" in result and not is_usable():
+        if is_in_time and "error" in result and not is_usable():
             return BROKEN
     return 0
 
