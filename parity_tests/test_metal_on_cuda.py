@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 import struct
 import sys
 from pathlib import Path
@@ -13,11 +14,12 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from metal_kernels.catalog import KERNELS
+from metal_kernels.catalog import KERNELS, MSL
 from parity_tests.host_shim import build, text
 from parity_tests.host_shim.cuda import cases
 from parity_tests.host_shim.run import SCHEDULES, _execute
 
+METAL_CALL = re.compile(r"\b(simd\w+|threadgroup_barrier)\(")
 SCRIPT = Path(cases.__file__).with_name("run.py")
 RUN_HERE = (
     "streaming, tokens first float16 D 80",
@@ -94,6 +96,14 @@ def test_the_cases_reach_every_kernel(script, folder):
         assert {step["kernel"] for case in reached for step in case["steps"]} == set(KERNELS)
     long = [case for case in written["cases"] if script.tokens_of(case) == cases.LONG]
     assert {step["kernel"] for case in long for step in case["steps"]} >= set(KERNELS) - {"decode"}
+
+
+def test_what_the_kernels_call_of_metal_is_in_the_header():
+    """nvcc is not everywhere: a function of Metal's that the header lacks must show without it."""
+    called = {name for path in MSL.iterdir() for name in METAL_CALL.findall(path.read_text())}
+    header = SCRIPT.with_name("metal_on_cuda.h").read_text()
+    assert {"simd_shuffle_xor", "simdgroup_barrier", "threadgroup_barrier"} <= called
+    assert not [name for name in called if f" {name}(" not in header]
 
 
 def test_every_kernel_is_right(script, folder, monkeypatch, capsys):

@@ -49,6 +49,7 @@ __device__ inline float exp2(float x) { return exp2f(x); }
 }  // namespace fast
 
 __device__ inline void threadgroup_barrier(mem_flags) { __syncthreads(); }
+__device__ inline void simdgroup_barrier(mem_flags) { __syncwarp(); }
 
 __device__ inline float simd_shuffle_xor(float value, ushort mask) { return __shfl_xor_sync(kAllLanes, value, mask); }
 
