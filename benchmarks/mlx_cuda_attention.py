@@ -274,7 +274,7 @@ def is_usable() -> bool:
 
 
 def run_stages(names: Sequence[str], target: Path, budget_s: float) -> int:
-    """Run stages in this process, noting each in `target`. BROKEN if the device is lost: the others are not run then."""
+    """Run stages in this process, noting each in `target`. BROKEN if the device is lost: the others do not run then."""
     start = time.perf_counter()
     for name in names:
         record = json.loads(target.read_text())
