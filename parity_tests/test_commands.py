@@ -56,6 +56,18 @@ def test_generate_prints_answer_statistics_and_routes(directory):
         assert re.search(pattern, done.stdout), pattern
 
 
+@pytest.mark.parametrize("flags", [(), ("--draft-model", "{model}")])
+def test_the_answer_is_the_same_from_sink_and_window_alone(directory, flags):
+    flags = [flag.format(model=directory) for flag in flags]
+    answers = []
+    for policy in ("keep", "evict"):
+        arguments = ("--model", str(directory), "-p", PROMPT, "-m", "30", "--route", "1,3", "--verbose", "False")
+        done = run("flux_mlx.generate", *arguments, "--kv-policy", policy, *flags)
+        assert done.returncode == 0, done.stderr
+        answers.append(done.stdout)
+    assert answers[0] == answers[1] != ""
+
+
 def test_stock_generate_shows_routes_and_obeys_the_environment(directory):
     arguments = ("--model", str(directory), "-p", PROMPT, "-m", "3", "--trust-remote-code")
     done = run("mlx_lm.generate", *arguments, FLUX_MLX_SHOW_ROUTES="1", FLUX_MLX_ROUTE="0,2")

@@ -201,12 +201,20 @@ def test_a_killed_client_leaves_nothing_behind(server):
     server.wait_for(lambda stats: stats["answered"] == before["answered"] + 1)
 
 
-@pytest.mark.parametrize("flags", [("--draft-model", "{model}"), ("--kv-bits", "8", "--kv-group-size", "32")])
+ONE_BY_ONE = [
+    ("--draft-model", "{model}"),
+    ("--kv-bits", "8", "--kv-group-size", "32"),
+    ("--kv-policy", "evict"),
+    ("--kv-policy", "evict", "--draft-model", "{model}"),
+]
+
+
+@pytest.mark.parametrize("flags", ONE_BY_ONE)
 def test_requests_served_one_by_one_get_their_single_run_answers(directory, tmp_path, flags):
     flags = [flag.format(model=directory) for flag in flags]
     model, tokenizer = load(directory)
     set_route(model, (0, 2))
-    settings = {} if "--draft-model" in flags else {"kv_bits": 8, "kv_group_size": 32}
+    settings = {"kv_bits": 8, "kv_group_size": 32} if "--kv-bits" in flags else {}
     with running_server(directory, tmp_path / "log", *flags, "--quantized-kv-start", "0") as server:
         with ThreadPoolExecutor(2) as pool:
             found = list(pool.map(server.complete, QUESTIONS[:3]))
