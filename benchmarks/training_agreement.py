@@ -4,7 +4,9 @@ Run from the repository root:
 
     flux_mlx.evaluate --backend mlx --keep-scores ... --out mlx.json
     flux_mlx.evaluate --backend torch --keep-scores ... --out torch.json
-    python -m benchmarks.training_agreement mlx.json torch.json --out benchmarks/training_agreement.json
+    python -m benchmarks.training_agreement --ours mlx.json --theirs torch.json --out benchmarks/training_agreement.json
+
+Either side may be the files of several shards.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """Shares of equal routes, by cell and in all, and every decision that differs or nearly ties.
 
     Args:
-        ours, theirs: Results with "scores": cell to contender to samples.
+        ours, theirs: Results with "scores": cell to contender to samples. What only one of them holds is left out.
 
     Raises:
-        ValueError: They hold different cells, contenders or samples.
+        ValueError: They hold nothing in common, or different numbers of samples.
     """
     cells, decisions, equal, widest = {}, 0, 0, 0.0
     differing, ties = [], []
@@ -64,20 +66,30 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
 def _pairs(ours: dict[str, Any], theirs: dict[str, Any]):
     """(cell, contender, samples, samples) of both results."""
     left, right = ({(c, n): s for c, by in r["scores"].items() for n, s in by.items()} for r in (ours, theirs))
-    if not left or left.keys() != right.keys() or any(len(left[key]) != len(right[key]) for key in left):
+    shared = [key for key in left if key in right and left[key][0]["gaps"]]
+    if not shared or any(len(left[key]) != len(right[key]) for key in shared):
         raise ValueError(f"[compare] expected the same kept scores in both, got {sorted(left)} and {sorted(right)}.")
-    for (cell, name), samples in left.items():
-        if samples[0]["gaps"]:
-            yield cell, name, samples, right[cell, name]
+    for key in shared:
+        yield *key, left[key], right[key]
+
+
+def read(paths: Sequence[Path]) -> dict[str, Any]:
+    """The kept scores of one side's files together."""
+    parts = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    scores = {cell: by for part in parts for cell, by in part["scores"].items()}
+    return {"scores": scores, "settings": [part["settings"] for part in parts]}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Console entry."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("results", nargs=2, type=Path, help="two results of flux_mlx.evaluate --keep-scores")
+    for side in ("--ours", "--theirs"):
+        parser.add_argument(
+            side, nargs="+", type=Path, required=True, help="results of flux_mlx.evaluate --keep-scores"
+        )
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args(argv)
-    both = [json.loads(path.read_text(encoding="utf-8")) for path in args.results]
+    both = [read(paths) for paths in (args.ours, args.theirs)]
     found = compare(*both) | {"settings": [result["settings"] for result in both]}
     args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"{found['equal']:.4f} of {found['decisions']} decisions are equal; {len(found['near_ties'])} near ties")

@@ -102,7 +102,10 @@ def test_agreement_lists_what_differs_and_what_nearly_ties(tmp_path):
     paths = [tmp_path / name for name in ("a.json", "b.json")]
     for path, result in zip(paths, (ours, theirs), strict=True):
         path.write_text(json.dumps(result))
-    training_agreement.main([*map(str, paths), "--out", str(tmp_path / "c.json")])
+    theirs["scores"]["test/code/9"] = ours["scores"]["test/icl/9"]  # what one side lacks is left out
+    paths[1].write_text(json.dumps(theirs))
+    sides = ["--ours", str(paths[0]), "--theirs", str(paths[1])]
+    training_agreement.main([*sides, "--out", str(tmp_path / "c.json")])
     found = json.loads((tmp_path / "c.json").read_text())
     assert (found["decisions"], found["equal"]) == (6, 5 / 6)
     assert [(d["sample"], d["layer"]) for d in found["differing"]] == [(0, 1)]
