@@ -1,5 +1,8 @@
 """How far automatic routes drift from a cold, exact run when a prompt comes in chunks or on a cached prefix.
 
+    .venv/bin/flux_mlx.convert --gguf models/download/SmolLM2-135M-Instruct.Q4_1.gguf \\
+        --routers flux_mlx/data/routers/smollm2-135m-instruct/routers.safetensors \\
+        --mlx-path models/smollm2-135m-flux-trained
     sh examples/with-openblas .venv/bin/python benchmarks/prefix_drift.py --json benchmarks/prefix_drift.json
 
 A document hides two numbers. The question about the second is answered after several kinds of prefill: exact (layer by
@@ -149,7 +152,7 @@ def result(args: argparse.Namespace, flux: FluxConfig, samples: list[Sample], fo
 def main() -> None:
     """Measure; print a line and keep the JSON after each sample, so that an interrupted run keeps what it has."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", default="models/smollm2-135m-flux", help="Flux model directory, trained")
+    parser.add_argument("--model", default="models/smollm2-135m-flux-trained", help="Flux model directory")
     parser.add_argument("--tokens", type=int, default=2100, help="of a document, about (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=20, help="(default: %(default)s)")
     parser.add_argument("--step", type=int, default=512, help="tokens of a chunk (default: %(default)s)")
