@@ -9,34 +9,48 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import load_prompt_cache as stock_load
 from mlx_lm.models.cache import save_prompt_cache as stock_save
 
 from flux_mlx.cache import CacheList
-from flux_mlx.fingerprint import BLANK, check_stamp, is_stamped, stamp
+from flux_mlx.fingerprint import BLANK, check_stamp, digest_tensors, is_stamped, stamp
 from flux_mlx.weights import check_safetensors
 
-VERSION = "1"
-SAMPLES = 64  # values of a parameter that go into the model's digest
+VERSION = "2"
 
 
 def model_digest(model: nn.Module) -> str:
-    """SHA-256 over settings and parameters: names, shapes, dtypes, and up to 64 values of each, evenly spread."""
-    digest = hashlib.sha256()
-    if hasattr(model, "flux"):
-        digest.update(json.dumps({**model.flux.to_dict(), "route": None}, sort_keys=True).encode())
-    for name, value in sorted(tree_flatten(model.parameters())):
-        digest.update(f"{name} {value.shape} {value.dtype}\n".encode())
-        flat = value.reshape(-1)
-        sample = flat[:: max(1, flat.size // SAMPLES)][:SAMPLES]
-        digest.update(bytes(memoryview(mx.contiguous(sample.view(mx.uint8)))))
-    return digest.hexdigest()
+    """SHA-256 over what a model computes with: settings, numbers of its modules, every byte of its parameters.
+
+    The route does not count: one of today is no other model.
+    """
+    described = {
+        "flux": {**model.flux.to_dict(), "route": None} if hasattr(model, "flux") else None,
+        "args": getattr(model, "args", None),
+        "modules": {name: _constants(module) for name, module in model.named_modules()},
+        "parameters": digest_tensors(dict(tree_flatten(model.parameters()))),
+    }
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def _constants(module: nn.Module) -> dict[str, float | str]:
+    """Numbers and words of a module that are no parameters, as the scale of an adapter; no switches."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and isinstance(value, int | float | str) and not isinstance(value, bool | Enum)
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A form that JSON has for settings that it has none for."""
+    return vars(value) if hasattr(value, "__dict__") else str(value)
 
 
 def save_prompt_cache(

@@ -22,6 +22,7 @@ from flux_mlx.base_model import (
     set_projections,
     source_directory,
 )
+from flux_mlx.fingerprint import digest_tensors
 from flux_mlx.model_directory import (
     CARD_NAME,
     SHIM_NAME,
@@ -36,7 +37,16 @@ from flux_mlx.model_directory import (
 from flux_mlx.models import apply, routed_layers
 from flux_mlx.spec import FluxConfig, PatternConfig, RouterConfig
 from flux_mlx.spec.config import PATTERNS
-from flux_mlx.weights import RouterCheckpoint, check_routers, fresh_routers, has_routers, read_routers
+from flux_mlx.weights import (
+    RouterCheckpoint,
+    check_routers,
+    flatten_routers,
+    fresh_routers,
+    has_routers,
+    keep_routers_digest,
+    read_routers,
+    routers_of,
+)
 
 
 def override(flux: FluxConfig, settings: Mapping[str, Any]) -> FluxConfig:
@@ -105,7 +115,9 @@ def _write(part: Path, directory: Path, model: nn.Module, config: dict[str, Any]
     """Write the files of a Flux model directory; tokenizer and licence come from `directory`."""
     part.mkdir()
     carry_files(directory, part)
+    digest = digest_tensors(flatten_routers(routers_of(routed_layers(model))))
     save_model(part, model, donate_model=True)
+    keep_routers_digest(part, digest)
     save_config(config, part / "config.json")
     (part / SHIM_NAME).write_text(shim_text(), "utf-8")
     (part / CARD_NAME).write_text(card, "utf-8")

@@ -14,7 +14,7 @@ from mlx_lm.utils import _download, load_model, load_tokenizer
 from flux_mlx.model_directory import SHIM_NAME, is_flux_config, read_config, shim_text
 from flux_mlx.models import Model, ModelArgs, routed_layers
 from flux_mlx.spec import RouterConfig
-from flux_mlx.weights import check_safetensors
+from flux_mlx.weights import check_routers_digest, check_safetensors, routers_of
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -84,6 +84,7 @@ def load_flux(directory: Path, config: dict[str, Any], *, lazy: bool = False) ->
             directory, lazy, model_config={"model_file": None}, get_model_classes=lambda config: (Model, ModelArgs)
         )
         check_finite_routers(model)
+        check_routers_digest(directory, routers_of(routed_layers(model)))
         return model, config
     except Exception as error:  # of a damaged config mlx-lm's model code raises anything
         raise ValueError(f"[load] {directory}: {error or type(error).__name__}") from error

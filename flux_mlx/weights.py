@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
-from flux_mlx.fingerprint import BLANK, check_stamp, is_stamped, stamp
+from flux_mlx.fingerprint import BLANK, check_stamp, digest_tensors, is_stamped, stamp
 from flux_mlx.model_directory import building, is_flux_config, read_config
 from flux_mlx.official import is_official, official_settings, two_logits
 from flux_mlx.spec import FluxConfig, RouterConfig, init_weights
@@ -27,6 +29,10 @@ from flux_mlx.spec.config import SETTINGS_KEY
 
 Routers = dict[int, dict[str, mx.array]]
 """Layer to the parameters of `RouterConfig.parameter_shapes`, float32."""
+
+INDEX_NAME = "model.safetensors.index.json"
+DIGEST_KEY = "flux_routers_sha256"
+"""Digest of a directory's routers, in its index's metadata. Whatever saves a model anew writes an index without it."""
 
 _ROUTER = re.compile(r"(?:.*\.)?layers\.(\d+)\.self_attn\.(?:router|mask_allocator)\.(.+)")
 _PUBLISHED_NAMES = {"cls_feat_extractor.": "encoder.", "cls_router_head_agnostic.": "head."}
@@ -100,7 +106,8 @@ def read_routers(path: str | Path) -> RouterCheckpoint:
 
     Raises:
         FileNotFoundError: No such file, or none in the directory.
-        ValueError: A damaged file, no router in it, one named twice, values that are not finite or no floats.
+        ValueError: A damaged file, no router in it, one named twice, values that are not finite or no floats, or other
+            routers than the directory was made with.
     """
     path, checkpoint = Path(path), RouterCheckpoint()
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
@@ -127,6 +134,8 @@ def read_routers(path: str | Path) -> RouterCheckpoint:
     checkpoint.routers = {layer: two_logits(parameters) for layer, parameters in checkpoint.routers.items()}
     if not published:
         checkpoint.projections.clear()
+    if path.is_dir():
+        check_routers_digest(path, checkpoint.routers)
     if path.is_dir() and (path / "config.json").is_file():
         with _naming(path / "config.json"):
             checkpoint.flux = _directory_settings(read_config(path))
@@ -205,6 +214,38 @@ def flatten_routers(routers: Routers) -> dict[str, mx.array]:
     return {
         RouterConfig.key(layer, name): value for layer, part in sorted(routers.items()) for name, value in part.items()
     }
+
+
+def routers_of(layers: Mapping[int, nn.Module]) -> Routers:
+    """The routers of a model's routed attention modules (`models.routed_layers`)."""
+    return {layer: dict(tree_flatten(attn.router.parameters())) for layer, attn in layers.items()}
+
+
+def keep_routers_digest(directory: Path, digest: str) -> None:
+    """Note the digest of its routers in a directory that mlx-lm's `save_model` wrote."""
+    path = directory / INDEX_NAME
+    index = json.loads(path.read_text("utf-8"))
+    index["metadata"][DIGEST_KEY] = digest
+    path.write_text(json.dumps(index, indent=4), "utf-8")
+
+
+def check_routers_digest(directory: Path, routers: Routers) -> None:
+    """Compare the routers read from a directory with the digest that it was made with, if it has one.
+
+    Raises:
+        ValueError: Other routers, or the index is no JSON.
+    """
+    path = directory / INDEX_NAME
+    try:
+        index = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"[check_routers_digest] {path} is not JSON: {error}") from None
+    metadata = index.get("metadata") if isinstance(index, dict) else None
+    expected = metadata.get(DIGEST_KEY) if isinstance(metadata, dict) else None
+    if expected is not None and expected != (got := digest_tensors(flatten_routers(routers))):
+        raise ValueError(
+            f"[check_routers_digest] the routers in {directory} were changed: expected SHA-256 {expected}, got {got}."
+        )
 
 
 def write_routers(path: str | Path, routers: Routers, flux: FluxConfig, dtype: mx.Dtype = mx.float32) -> None:

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import load_prompt_cache as stock_load
 from mlx_lm.models.cache import save_prompt_cache as stock_save
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from flux_mlx import routes
 from flux_mlx.cache_files import has_fingerprint, load_prompt_cache, model_digest, read_metadata, save_prompt_cache
 from flux_mlx.cache_prompt import cache_prompt
 from flux_mlx.cache_prompt import main as main_cache_prompt
+from flux_mlx.fingerprint import digest_tensors
 from flux_mlx.generate import main as main_generate
 from flux_mlx.models import set_route
 from parity_tests.tiny_directories import flux_directory
@@ -111,12 +113,61 @@ def test_bad_arguments(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_digest_sees_a_changed_weight():
+@pytest.mark.parametrize(
+    "changes",
+    [{"rope_theta": 1e6}, {"rope_scaling": {"type": "linear", "factor": 4.0}}, {"rms_norm_eps": 1e-2}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_other_settings_are_another_model(file, changes):
+    with pytest.raises(ValueError, match="was made by another model"):
+        load_prompt_cache(file, flux_model(**changes))
+
+
+def test_another_row_of_the_embedding_is_another_model(file):
+    model = flux_model()
+    model.model.embed_tokens.weight[77] = 0.5
+    with pytest.raises(ValueError, match="was made by another model"):
+        load_prompt_cache(file, model)
+
+
+def test_another_scale_of_an_adapter_is_another_model(tmp_path):
+    path, config = tmp_path / "cache.safetensors", {"rank": 2, "scale": 4.0, "dropout": 0.0}
+    models = []
+    for scale in (4.0, 4.0, 8.0):
+        mx.random.seed(3)
+        models.append(flux_model())
+        linear_to_lora_layers(models[-1], 2, {**config, "scale": scale})
+    save_prompt_cache(path, cache_prompt(models[0], prompt(30)), models[0])
+    load_prompt_cache(path, models[1])
+    with pytest.raises(ValueError, match="was made by another model"):
+        load_prompt_cache(path, models[2])
+
+
+@given(data=st.data())
+def test_the_digest_sees_every_bit(data):
+    dtype = data.draw(st.sampled_from([mx.float32, mx.bfloat16, mx.uint8]))
+    shape = data.draw(st.sampled_from([(), (1,), (3, 5), (2, 3, 4)]))
+    value = mx.random.uniform(0, 99, shape).astype(dtype)
+    bits = np.array(value.reshape(-1).view(mx.uint8))
+    bits[data.draw(st.integers(0, bits.size - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    changed = mx.array(bits).view(dtype).reshape(shape)
+    assert digest_tensors({"w": value}) == digest_tensors({"w": mx.array(value)})
+    assert digest_tensors({"w": value}) != digest_tensors({"w": changed})
+
+
+def test_the_digest_sees_layout_and_names():
+    value = mx.arange(12).reshape(3, 4)
+    turned = mx.contiguous(value.T).T  # the same values, otherwise in memory
+    assert digest_tensors({"a": value, "b": turned}) == digest_tensors({"b": value, "a": value})
+    for other in ({"w": value.T}, {"w": value.reshape(4, 3)}, {"v": value}, {"w": value.astype(mx.uint32)}, {}):
+        assert digest_tensors(other) != digest_tensors({"w": value})
+
+
+def test_the_digest_is_the_same_in_use():
     model, before = flux_model(), model_digest(MODEL)
+    answer(model, cache_prompt(model, prompt(30)))
+    model.train()
     assert model_digest(model) == before
-    weight = np.array(model.layers[2].mlp.up_proj.weight)
-    model.layers[2].mlp.up_proj.weight = mx.array(weight * 1.001)
-    assert model_digest(model) != before
 
 
 def test_the_metadata_is_plain_json(file):

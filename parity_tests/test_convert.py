@@ -17,11 +17,12 @@ from mlx_lm.convert import convert as stock_convert
 from mlx_lm.utils import load_model
 
 from flux_mlx import base_model
+from flux_mlx import load as flux_load
 from flux_mlx.base_model import Quantization, default_dtype
 from flux_mlx.convert import build_parser, convert, main, override
 from flux_mlx.model_directory import CARD_NAME, SHIM_NAME, card_field, shim_text
 from flux_mlx.spec import FluxConfig, PatternConfig, RouterConfig
-from flux_mlx.weights import fresh_routers, read_routers, write_routers
+from flux_mlx.weights import INDEX_NAME, fresh_routers, read_routers, write_routers
 from parity_tests.tiny_gguf import TinyLlama, write_tiny_directory
 
 LLAMA = TinyLlama()
@@ -192,6 +193,38 @@ def test_flux_source_keeps_its_routers_and_settings(plain: Path, routers_file: P
     assert_equal_tensors(parameters(tmp_path / "second"), parameters(tmp_path / "first"))
     card = (tmp_path / "second" / "BASE_README.md").read_bytes()
     assert card == (plain / CARD_NAME).read_bytes()
+
+
+def change_router(directory: Path) -> None:
+    """Flip one bit of a router."""
+    file = directory / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    data[8 + length + header[RouterConfig.key(1, "head.4.weight")]["data_offsets"][0]] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_changed_bit_of_a_router_is_an_error(plain: Path, tmp_path: Path) -> None:
+    convert(plain, tmp_path / "flux")
+    flux_load(tmp_path / "flux")
+    change_router(tmp_path / "flux")
+    for read in (flux_load, read_routers, lambda directory: convert(directory, tmp_path / "again")):
+        with pytest.raises(ValueError, match=r"routers in .*flux were changed: expected SHA-256"):
+            read(tmp_path / "flux")
+    (tmp_path / "flux" / INDEX_NAME).write_text("{")
+    with pytest.raises(ValueError, match=rf"{INDEX_NAME} is not JSON"):
+        flux_load(tmp_path / "flux")
+
+
+def test_what_stock_commands_save_makes_no_claim_about_routers(plain: Path, tmp_path: Path) -> None:
+    convert(plain, tmp_path / "flux")
+    stock_convert(str(tmp_path / "flux"), str(tmp_path / "q8"), quantize=True, q_group_size=32, **TRUST)
+    flux_load(tmp_path / "q8")
+    change_router(tmp_path / "q8")
+    flux_load(tmp_path / "q8")
+    convert(tmp_path / "flux", tmp_path / "again")
+    assert (tmp_path / "again" / INDEX_NAME).read_text() == (tmp_path / "flux" / INDEX_NAME).read_text()
 
 
 @pytest.fixture

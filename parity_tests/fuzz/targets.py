@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from flux_mlx.cache_files import load_prompt_cache, save_prompt_cache
 from flux_mlx.cache_prompt import cache_prompt
 from flux_mlx.gguf import GGUFFile
 from flux_mlx.gguf_llama import check_tensors, llama_config
+from flux_mlx.spec import RouterConfig
 from flux_mlx.weights import read_routers
 from parity_tests.tiny_directories import flux_directory, router_file
 from parity_tests.tiny_gguf import TinyLlama
@@ -63,6 +65,24 @@ def _directory_part(model: Path, name: str, label: str) -> Target:
     return Target(label, copy / name, partial(load, copy))
 
 
+def _router_bytes(model: Path) -> Target:
+    """The bytes of one router tensor, in a file of their own that is put into the weights before they are read."""
+    copy = model.with_name(f"{model.name}-router-bytes")
+    shutil.copytree(model, copy)
+    weights, part = copy / "model.safetensors", copy / "tensor.bin"
+    valid = weights.read_bytes()
+    data = 8 + int.from_bytes(valid[:8], "little")
+    header = json.loads(valid[8:data])
+    start, stop = (data + offset for offset in header[RouterConfig.key(1, "head.4.weight")]["data_offsets"])
+    part.write_bytes(valid[start:stop])
+
+    def read() -> None:
+        weights.write_bytes(valid[:start] + part.read_bytes() + valid[stop:])
+        load(copy)
+
+    return Target("router-bytes", part, read, stamped=True)
+
+
 def make_targets(folder: Path) -> list[Target]:
     """All targets, their valid files in `folder`."""
     model = flux_directory(folder / "model", **SIZES)
@@ -75,6 +95,7 @@ def make_targets(folder: Path) -> list[Target]:
     return [
         _directory_part(model, "config.json", "config"),
         _directory_part(model, "model.safetensors", "weights"),
+        _router_bytes(model),
         _directory_part(model, "tokenizer_config.json", "tokenizer"),
         Target("routers", routers, partial(read_routers, routers), stamped=True),
         Target("cache", cache, partial(load_prompt_cache, cache, small), stamped=True),
