@@ -24,7 +24,7 @@ def _host_name(header: str) -> str:
     return header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0]
 
 
-def check_body(body: dict[str, Any], max_draft_tokens: int) -> None:
+def check_body(body: dict[str, Any]) -> None:
     """Refuse what would fail later, in the thread that all requests share.
 
     Raises:
@@ -51,9 +51,6 @@ def check_body(body: dict[str, Any], max_draft_tokens: int) -> None:
         raise ValueError("tools must be a list of objects")
     if not isinstance(body.get("draft_model", ""), str):
         raise ValueError("draft_model must be a string")
-    drafted = body.get("num_draft_tokens", 0)
-    if isinstance(drafted, int) and drafted > max_draft_tokens:
-        raise ValueError(f"num_draft_tokens must be at most {max_draft_tokens}, got {drafted}")
     for name, value in body.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
@@ -153,7 +150,7 @@ class Handler(APIHandler):
 
     def validate_model_parameters(self) -> None:
         """mlx-lm's checks and ours."""
-        check_body(self.body, self.response_generator.model_provider.max_draft_tokens())
+        check_body(self.body)
         super().validate_model_parameters()
         if any(not math.isfinite(bias) for bias in (self.logit_bias or {}).values()):
             raise ValueError("logit_bias must be finite")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Callable
 from queue import Queue
@@ -87,23 +88,43 @@ class _Answer:
         elif isinstance(item, Exception):
             self.requests.log.failed_one()
         if item is None or isinstance(item, Exception):
-            self.requests.waiting.discard(self.queue)
+            self.requests.answered(self.queue)
         self.queue.put(item)
 
 
 class _Requests(Queue):
-    """Requests to the generation thread, whose response queues are known as long as somebody waits at them."""
+    """Requests to the generation thread, whose response queues are known as long as somebody waits at them.
+
+    Every HTTP thread puts, while the generation thread takes: one lock keeps requests and response queues in step.
+    """
 
     def __init__(self, log: RequestLog):
         super().__init__()
         self.log = log
-        self.waiting: weakref.WeakSet[Queue] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._waiting: list[weakref.ref[Queue]] = []
 
     def put(self, item: Any, *args: Any, **kwargs: Any) -> None:
+        """Add a request. Response queues that nobody holds any more are forgotten here."""
         queue, request, settings = item
-        self.waiting.add(queue)
         answer = _Answer(queue, getattr(request, "request_id", "request"), self)
-        super().put((answer, request, settings), *args, **kwargs)
+        with self._lock:
+            self._waiting = [ref for ref in self._waiting if ref() is not None]
+            self._waiting.append(weakref.ref(queue))
+            super().put((answer, request, settings), *args, **kwargs)
+
+    def answered(self, queue: Queue) -> None:
+        """Forget a response queue whose answer is whole."""
+        with self._lock:
+            self._waiting = [ref for ref in self._waiting if ref() is not queue]
+
+    def take_all(self) -> list[Queue]:
+        """Drop every request, and return and forget the response queues of these and of those in flight."""
+        with self._lock:
+            while not self.empty():
+                self.get_nowait()
+            refs, self._waiting = self._waiting, []
+        return [queue for ref in refs if (queue := ref()) is not None]
 
 
 class Generator(ResponseGenerator):
@@ -144,9 +165,7 @@ class Generator(ResponseGenerator):
                 self._fail_requests(error)
 
     def _fail_requests(self, error: Exception) -> None:
-        while not self._pending.empty():
-            self._pending.get_nowait()
-        for queue in list(self._pending.waiting):
+        for queue in self._pending.take_all():
             self._pending.log.failed_one()
             queue.put(RuntimeError(f"generation failed: {error}"))
         mx.clear_cache()
@@ -162,4 +181,7 @@ class Generator(ResponseGenerator):
             raise ValueError(f"logit_bias must name tokens from 0 to {vocabulary - 1}, got {wrong}")
         if args.sampling.top_k >= vocabulary:
             raise ValueError(f"top_k must be below the vocabulary's {vocabulary}, got {args.sampling.top_k}")
+        limit = self.model_provider.max_draft_tokens()
+        if self.model_provider.draft_model is not None and args.num_draft_tokens > limit:
+            raise ValueError(f"num_draft_tokens must be at most {limit} for this model, got {args.num_draft_tokens}")
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import socket
 import subprocess
 import sys
@@ -143,7 +144,6 @@ BAD_BODIES = [
     {"prompt": ""},
     {"prompt": 5},
     {"prompt": "\ud800"},
-    {"prompt": "x", "num_draft_tokens": 15},
     {"prompt": "x", "stream": True, "stream_options": {}},
     {"messages": []},
     {"messages": ["x"]},
@@ -226,6 +226,22 @@ def test_requests_served_one_by_one_get_their_single_run_answers(directory, tmp_
     assert stats["recent"][-1]["routes"] == "2 of 4 routed layers sparse; full: 0,2; sparse: 1,3"
 
 
+def test_too_many_drafts_are_refused_for_the_model_that_a_request_names(directory, tmp_path):
+    stock = directory.with_name(f"{directory.name}-stock")
+    drafting = {"prompt": QUESTIONS[0], "model": str(directory), "draft_model": str(stock), "max_tokens": 12}
+    model, tokenizer = load(directory)
+    set_route(model, (0, 2))
+    with running_server(stock, tmp_path / "log", "--num-draft-tokens", "20") as server:
+        for body, drafts in ((drafting, 20), (drafting | {"num_draft_tokens": 15}, 15)):
+            status, answer = server.post(body)
+            assert status == 404
+            assert answer["error"] == f"num_draft_tokens must be at most 14 for this model, got {drafts}"
+        found = server.complete(QUESTIONS[0], model=str(directory), draft_model=str(stock), num_draft_tokens=14)
+        assert found == single_run(model, tokenizer, QUESTIONS[0])
+        assert server.complete(QUESTIONS[0], model=str(directory), num_draft_tokens=20) == found  # nothing is drafted
+        assert server.complete(QUESTIONS[0], draft_model=str(stock))  # a stock model verifies any number of drafts
+
+
 def test_the_server_listens_on_loopback_only_by_default():
     args = build_parser().parse_args([])
     assert (args.host, args.allowed_origins, args.trust_remote_code) == ("127.0.0.1", [], False)
@@ -259,8 +275,8 @@ def test_a_model_that_cannot_be_loaded_is_one_line(directory, tmp_path):
 def test_check_body_names_the_field():
     for body in BAD_BODIES[:3]:
         with pytest.raises(ValueError, match=next(name for name in body if name != "prompt") + "|surrogates"):
-            check_body(body, 14)
-    check_body({"prompt": "x", "stop": ["a"], "messages": [{"role": "user", "content": None}]}, 14)
+            check_body(body)
+    check_body({"prompt": "x", "stop": ["a"], "messages": [{"role": "user", "content": None}]})
 
 
 def test_the_prompt_cache_is_bounded_and_leaves_a_token_to_run():
@@ -356,3 +372,37 @@ def test_an_error_in_the_generation_thread_fails_its_requests_only():
     assert queues[1].get(timeout=30) is None
     generator.join()
     assert generator.requests.log.failed == 2
+
+
+class AlwaysFailing(Generator):
+    """Fails at every request."""
+
+    def _generate(self):
+        self.requests.get()
+        raise IndexError("a bug")
+
+
+def test_requests_that_come_while_others_fail_are_answered_once():
+    generator = AlwaysFailing(SimpleNamespace(load_default=lambda: None), PromptCache(1, 1, RequestLog()))
+    generator.wait_until_loaded()
+
+    def put_many(_: int) -> list[Queue]:
+        queues = [Queue() for _ in range(100)]
+        for queue in queues:
+            generator.requests.put((queue, None, None))
+        return queues
+
+    interval = sys.getswitchinterval()
+    logging.disable(logging.ERROR)
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            queues = [queue for part in pool.map(put_many, range(16)) for queue in part]
+        assert all(str(queue.get(timeout=60)) == "generation failed: a bug" for queue in queues)
+    finally:
+        sys.setswitchinterval(interval)
+        logging.disable(logging.NOTSET)
+        generator._stop = True
+        generator.requests.put((Queue(), None, None))
+        generator.join()
+    assert all(queue.empty() for queue in queues)
