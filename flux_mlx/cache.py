@@ -74,6 +74,8 @@ class CacheList(RouterState, StockCacheList):
     def trim(self, n: int) -> int:
         """Drop the newest `n` tokens. A cut below the pooled tokens makes the route stale: UNSET, decided anew.
 
+        A turn of fewer than P tokens after it leaves a layer FULL that was; a cut that leaves no token forgets that.
+
         Raises:
             DroppedKeysError: Under the KV policy evict, where `can_trim` says no.
         """

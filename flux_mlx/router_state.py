@@ -33,9 +33,17 @@ class Counter(IntEnum):
     END = 3  # position after the newest pooled token
     PREFIX_END = 4  # position after the newest token in `prefix`
     TURN = 5  # prompt tokens pooled in this turn
-    BOUND = 6  # 1: this turn began with a route, which a short turn may only take to FULL
+    BOUND = 6  # a Bound
     SHORT_CALLS = 7  # calls since the newest pooled token that were too short to be pooled, at most 2
     SHORT_TOKENS = 8  # tokens of the first of them
+
+
+class Bound(IntEnum):
+    """What a turn of fewer than P tokens may do to a row's route."""
+
+    FREE = 0  # anything: the row had no route when the turn began
+    ROUTED = 1  # take it to FULL, never from it
+    STALE_FULL = 2  # take it to FULL only: it was FULL before a cut made it stale
 
 
 class Decision(NamedTuple):
@@ -139,7 +147,7 @@ class RouterState:
     def resume(self, routes: list[Route]) -> None:
         """After a cut within a conversation: the next turn starts from these routes, as if there had been no cut."""
         self.set_routes(routes)
-        self.counters[:, Counter.BOUND] = [route != Route.UNSET for route in routes]
+        self.counters[:, Counter.BOUND] = [Bound.FREE if route == Route.UNSET else Bound.ROUTED for route in routes]
         self._dirty = True
 
     def skip(self, lengths: list[int]) -> None:
@@ -181,15 +189,16 @@ class RouterState:
         self._dirty, self.is_idle = True, False
 
     def _begin_turn(self, counters: np.ndarray, offset: int) -> None:
-        """Start a new turn if tokens that are not of this prompt lie between the newest pooled token and `offset`.
+        """Start a new turn if tokens that are not of this prompt came, or were cut, after the newest pooled token.
 
         One short call in between is the prompt's own: stock code cuts prompts anywhere, an answer takes two calls.
         """
         gap = offset - int(counters[Counter.END])
         own = counters[Counter.SHORT_CALLS] == 1 and counters[Counter.SHORT_TOKENS] == gap
-        if gap and not own:
+        if (gap or counters[Counter.SHORT_CALLS]) and not own:
             counters[Counter.TURN] = 0
-            counters[Counter.BOUND] = self._decision is not None or counters[Counter.ROUTE] != Route.UNSET
+            if self._decision is not None or counters[Counter.ROUTE] != Route.UNSET:
+                counters[Counter.BOUND] = Bound.ROUTED
         counters[Counter.END] = offset
         counters[[Counter.SHORT_CALLS, Counter.SHORT_TOKENS]] = 0
 
@@ -213,14 +222,26 @@ class RouterState:
         if self.is_evicted:  # sparse for good
             return
         short = self._rows[:, Counter.TURN] < self.caches[1][1].shape[1]
-        bound = (self._rows[:, Counter.BOUND] != 0) & short
+        bound = (self._rows[:, Counter.BOUND] != Bound.FREE) & short
         if bound.any():
-            full = [route == Route.FULL for route in self.routes]
-            fed = [is_fed and not (held and now) for is_fed, held, now in zip(fed, bound, full, strict=True)]
+            fed = self._hold_full(bound, fed)
         elif not all(fed) and self._decision is not None:
             self.counters  # noqa: B018 (reads the last decision, which some rows keep)
         self._decision = Decision(sparse, fed)
         self._dirty, self._routes = True, None
+
+    def _hold_full(self, bound: np.ndarray, fed: list[bool]) -> list[bool]:
+        """The fed rows without those that are to be FULL whatever the router says. These are FULL from now on.
+
+        Args:
+            bound: bool `[B]`: the rows that a short turn must not take from FULL.
+            fed: The rows that are decided now.
+        """
+        counters = self.counters
+        was_full = (counters[:, Counter.ROUTE] == Route.FULL) | (counters[:, Counter.BOUND] == Bound.STALE_FULL)
+        held = bound & was_full
+        counters[held & fed, Counter.ROUTE] = Route.FULL
+        return (np.array(fed) & ~held).tolist()
 
     def start_decision(self) -> None:
         """Start computing a decision just made."""
@@ -228,7 +249,10 @@ class RouterState:
             mx.async_eval(self._decision.sparse)
 
     def _rewind(self) -> None:
-        """Forget what was pooled of tokens that are gone. A layer that dropped keys stays sparse."""
+        """Forget what was pooled of tokens that are gone. A layer that dropped keys stays sparse.
+
+        That a row was FULL is remembered for a short turn, unless nothing of the row is left.
+        """
         self._routes, self.is_idle = None, False
         for counters, offset in zip(self.counters, self.offsets(), strict=True):
             if counters[Counter.END] <= offset:
@@ -237,9 +261,16 @@ class RouterState:
                 contiguous = counters[Counter.PREFIX_END] == counters[Counter.PREFIX]
                 counters[Counter.PREFIX] = counters[Counter.PREFIX_END] = max(0, offset) if contiguous else 0
             counters[Counter.END] = max(0, offset)
-            counters[[Counter.RECENT, Counter.TURN, Counter.BOUND, Counter.SHORT_CALLS]] = 0
+            counters[[Counter.RECENT, Counter.TURN, Counter.SHORT_CALLS]] = 0
+            counters[Counter.BOUND] = Bound.STALE_FULL if offset > 0 and _was_full(counters) else Bound.FREE
             counters[Counter.ROUTE] = Route.SPARSE if self.is_evicted else Route.UNSET
         self._dirty = True
+
+
+def _was_full(counters: np.ndarray) -> bool:
+    """Whether a row's route is FULL, or was before a cut since which there is none."""
+    route = counters[Counter.ROUTE]
+    return route == Route.FULL or (route == Route.UNSET and counters[Counter.BOUND] == Bound.STALE_FULL)
 
 
 def _with_row(x: mx.array, row: int, value: mx.array) -> mx.array:

@@ -238,20 +238,105 @@ def decided(route: Route) -> mx.array:
     return mx.array([0.0, 1.0] if route == Route.FULL else [1.0, 0.0])
 
 
+def one_layer() -> tuple:
+    """A model of one layer with P = 30, and the last layer of its fresh router, whose bias alone decides."""
+    config = FluxConfig(pattern=PATTERN, router=RouterConfig(pool_tokens=30))
+    model = apply(stock_model(num_hidden_layers=1), config)
+    return model, model.layers[0].self_attn.router.head[-1]
+
+
 @pytest.mark.parametrize("first", [Route.FULL, Route.SPARSE])
 @pytest.mark.parametrize("second", [Route.FULL, Route.SPARSE])
 @pytest.mark.parametrize("tokens", [29, 30])
 def test_a_short_turn_never_takes_a_layer_from_full_to_sparse(first, second, tokens):
-    config = FluxConfig(pattern=PATTERN, router=RouterConfig(pool_tokens=30))
-    model = apply(stock_model(num_hidden_layers=1), config)
-    last = model.layers[0].self_attn.router.head[-1]  # fresh: its bias alone decides
+    model, last = one_layer()
     last.bias = decided(first)
     cache = run(model, prompt(61))
     run(model, prompt(5, 1), cache, step=1)  # an answer
     last.bias = decided(second)
     run(model, prompt(tokens, 2), cache)
-    short = tokens < config.router.pool_tokens
+    short = tokens < model.layers[0].self_attn.flux.router.pool_tokens
     assert routes(cache) == [Route.FULL if short and first == Route.FULL else second]
+
+
+def answered(model, last, first: Route = Route.FULL) -> list:
+    """The cache of a prompt of 61 tokens and an answer of 5; from now on the router leans to SPARSE."""
+    last.bias = decided(first)
+    cache = run(model, prompt(61))
+    run(model, prompt(5, 1), cache, step=1)
+    last.bias = decided(Route.SPARSE)
+    return cache
+
+
+@pytest.mark.parametrize("cut", [0, 2, 5, 8, 65, 66])
+@pytest.mark.parametrize("tokens", [20, 30])
+@pytest.mark.parametrize("first", [Route.FULL, Route.SPARSE])
+def test_a_short_turn_after_a_cut_keeps_a_full_layer(cut, tokens, first):
+    model, last = one_layer()
+    cache = answered(model, last, first)
+    trim_prompt_cache(cache, cut)
+    assert routes(cache) == [first if cut <= 5 else Route.UNSET]
+    run(model, prompt(tokens, 2), cache)
+    held = first == Route.FULL and tokens < 30 and cut < 66  # nothing is left of 66
+    assert routes(cache) == [Route.FULL if held else Route.SPARSE]
+    run(model, prompt(30, 3), cache)
+    assert routes(cache) == [Route.SPARSE]
+
+
+@pytest.mark.parametrize("tokens", [5, 20])
+def test_cuts_one_after_another_keep_a_full_layer(tokens):
+    model, last = one_layer()
+    cache = answered(model, last)
+    for seed in range(4):
+        trim_prompt_cache(cache, 8)
+        run(model, prompt(tokens, seed + 2), cache)
+        run(model, prompt(3, 1), cache, step=1)
+    run(model, prompt(20, 9), cache)
+    assert routes(cache) == [Route.FULL]
+    trim_prompt_cache(cache, cache[0].size())
+    run(model, prompt(20, 9), cache)
+    assert routes(cache) == [Route.SPARSE]
+
+
+def test_a_batch_a_copy_and_a_file_remember_that_a_cut_row_was_full(tmp_path):
+    model, last = one_layer()
+    rows = [answered(model, last, first) for first in (Route.FULL, Route.SPARSE)]
+    for i, row in enumerate(rows):
+        trim_prompt_cache(row, 8)
+        save_prompt_cache(str(tmp_path / f"{i}.safetensors"), copy.deepcopy(row))
+        row[:] = load_prompt_cache(str(tmp_path / f"{i}.safetensors"))
+        CacheList.adopt(row[0])
+    batch = rows[0][0].merge([row[0] for row in rows])
+    single = [batch.extract(0)]
+    model(mx.array([prompt(20, 2), prompt(20, 3)]), cache=[batch])
+    assert batch.routes == [Route.FULL, Route.SPARSE]
+    assert routes(run(model, prompt(20, 2), single)) == [Route.FULL]
+
+
+def test_a_refill_of_p_tokens_after_a_cut_is_decided_as_cold():
+    model = flux_model()
+    for seed in range(6):
+        tokens = prompt(61, seed)
+        cache = run(model, tokens)
+        trim_prompt_cache(cache, 61)
+        run(model, tokens, cache)
+        assert routes(cache) == routes(cold := run(model, tokens))
+        assert np.array_equal(last_logits(model, cache), last_logits(model, cold))
+
+
+def test_a_server_whose_template_drops_thoughts_never_takes_a_layer_from_full_in_a_short_turn():
+    model, last = one_layer()
+    question, thought, said = prompt(61), prompt(8, 1), prompt(4, 2)
+    last.bias = decided(Route.FULL)
+    cache, lru, history = run(model, question), LRUPromptCache(max_size=4), question
+    last.bias = decided(Route.SPARSE)
+    for turn in range(3):
+        run(model, thought + said, cache, step=1)
+        lru.insert_cache("model", history + thought + said, cache)
+        history = history[:-3] + said + prompt(20, turn + 3)  # the end of a prompt opens the thought
+        cache, rest = lru.fetch_nearest_cache("model", history)
+        assert len(rest) == 24
+        assert routes(run(model, rest, cache)) == [Route.FULL]
 
 
 def test_adopt_takes_only_our_layout():
