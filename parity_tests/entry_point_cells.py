@@ -205,7 +205,6 @@ def lora(case: Case) -> None:
     """Two compiled steps of `mlx_lm.lora` on copies of the models."""
 
     def run(model: nn.Module) -> list[float]:
-        case.each()
         model = copy.deepcopy(model)
         model.freeze()
         mx.random.seed(0)

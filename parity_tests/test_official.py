@@ -95,29 +95,41 @@ def published_forward(path: Path, layer: int, queries: np.ndarray, pool_size: in
         return router["cls_router_head_agnostic"](router["cls_feat_extractor"](pooled)).numpy()
 
 
+def attention_inputs(model, tokens: mx.array) -> list[mx.array]:
+    """What every layer's attention module gets of a prompt within the window, `[1, T, hidden]`."""
+    x, inputs = model.model.embed_tokens(tokens[None]), []
+    for layer, entry in zip(model.layers, model.make_cache(), strict=True):
+        inputs.append(layer.input_layernorm(x))
+        x = layer(x, "causal", entry)
+    return inputs
+
+
+def layer_queries(attn, x: mx.array) -> mx.array:
+    """Queries before RoPE `[1, T, H, D]`."""
+    queries = attn.q_proj(x).reshape(1, -1, HEADS, D)
+    return attn.q_norm(queries) if "q_norm" in attn else queries
+
+
 @pytest.mark.parametrize("architecture", FAMILY)
 @pytest.mark.parametrize("logits", [2, 1])
 def test_routes_are_those_of_the_published_router(architecture, logits, tmp_path):
     source = published_checkpoint(tmp_path / "published", architecture, logits, pool_size=20, local_window_size=128)
     convert(source, tmp_path / "flux", dtype="float32")
     model, _ = load(tmp_path / "flux")
-    seen = set()
+    seen = [set() for _ in range(LAYERS)]
     for seed in range(16):
         tokens, cache = mx.array(prompt(70, seed)), model.make_cache()
         prefill(model, tokens, cache)
-        x = model.model.embed_tokens(tokens[None, :-1])
-        attn = model.layers[0].self_attn
-        x = model.layers[0].input_layernorm(x)
-        queries = attn.q_proj(x).reshape(1, -1, HEADS, D)
-        queries = attn.q_norm(queries) if "q_norm" in attn else queries
-        found = published_forward(source, 0, np.array(queries), 20, logits)[0]
-        margin = found[0] if logits == 1 else found[1] - found[0]
-        ours = attn.router(cache[0].pooled())[0]
-        assert float(ours[1] - ours[0]) == pytest.approx(float(margin), abs=1e-3)
-        if abs(margin) > NEAR_TIE:
-            assert routes(cache)[0] == (Route.FULL if margin > 0 else Route.SPARSE)
-        seen.add(routes(cache)[0])
-    assert seen == {Route.FULL, Route.SPARSE}
+        for layer, x in enumerate(attention_inputs(model, tokens[:-1])):
+            queries = layer_queries(model.layers[layer].self_attn, x)
+            found = published_forward(source, layer, np.array(queries), 20, logits)[0]
+            margin = found[0] if logits == 1 else found[1] - found[0]
+            ours = model.layers[layer].self_attn.router(cache[layer].pooled())[0]
+            assert float(ours[1] - ours[0]) == pytest.approx(float(margin), abs=1e-3)
+            if abs(margin) > NEAR_TIE:
+                assert routes(cache)[layer] == (Route.FULL if margin > 0 else Route.SPARSE)
+            seen[layer].add(routes(cache)[layer])
+    assert seen == [{Route.FULL, Route.SPARSE}] * LAYERS
 
 
 @pytest.mark.parametrize("architecture", FAMILY)
