@@ -1,9 +1,23 @@
-"""What stock commands must not do with a Flux model, refused while they load it, before they write anything."""
+"""What stock code must not do with a Flux model, and gives it no other way to see: its frames are looked at."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import speculative_generate_step
+
+
+def _callers() -> Iterator[FrameType]:
+    """The frames under way, from the innermost."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def refuse_gguf_export() -> None:
@@ -15,12 +29,29 @@ def refuse_gguf_export() -> None:
     Raises:
         ValueError: The command is under way.
     """
-    frame = inspect.currentframe()
-    while frame is not None:
+    for frame in _callers():
         args = frame.f_locals.get("args")
         if isinstance(args, argparse.Namespace) and getattr(args, "export_gguf", False):
             raise ValueError(
                 "[Model] a Flux model cannot be exported to GGUF, which has no place for layer routers: leave "
                 "--export-gguf out, or export the base model."
             )
-        frame = frame.f_back
+
+
+def refuse_long_drafts(model: Any, tokens: mx.array | None, min_prefill_tokens: int) -> None:
+    """Refuse to verify drafts that routers would take for a prompt.
+
+    mlx-lm gives drafts to the model in one call, of one token more than it drafts, and a call of `min_prefill_tokens`
+    is routed. Shorter calls, decoding among them, are let through without a look at frames.
+
+    Raises:
+        ValueError: `mlx_lm.generate.speculative_generate_step` calls with `model` as its target, and drafts too many.
+    """
+    if tokens is None or tokens.shape[-1] < min_prefill_tokens:
+        return
+    for frame in _callers():
+        if frame.f_code is not speculative_generate_step.__code__ or frame.f_locals["model"] is not model:
+            continue
+        drafted, limit = frame.f_locals["num_draft_tokens"], min_prefill_tokens - 2
+        if drafted > limit:
+            raise ValueError(f"[FluxModel] expected {limit} draft tokens at most with automatic routes, got {drafted}.")

@@ -18,7 +18,7 @@ from mlx_lm.utils import _get_classes
 
 from flux_mlx.cache import CacheList, describe_routes
 from flux_mlx.cache import routes as taken_routes
-from flux_mlx.callers import refuse_gguf_export
+from flux_mlx.callers import refuse_gguf_export, refuse_long_drafts
 from flux_mlx.families import ATTENTION_MODULES, head_dim, is_routable
 from flux_mlx.routed_attention import RoutedAttention
 from flux_mlx.router import Affine, LayerRouter
@@ -76,6 +76,8 @@ def _checked_call(stock: type) -> Any:
             return stock.__call__(self, *args, **kwargs)
         if len(cache) != len(self.layers):
             raise ValueError(f"[FluxModel] the cache has {len(cache)} entries, the model {len(self.layers)} layers.")
+        if self.flux.route == "auto" and args:  # mlx-lm passes tokens by position
+            refuse_long_drafts(self, args[0], self.flux.router.min_prefill_tokens)
         for entry in cache:
             CacheList.adopt(entry)
         before = taken_routes(cache) if self.flux_show else None

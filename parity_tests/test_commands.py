@@ -14,7 +14,7 @@ import pytest
 
 import flux_mlx
 from flux_mlx.chat import Conversation
-from flux_mlx.models import routed_layers
+from flux_mlx.models import routed_layers, set_route
 from flux_mlx.spec import FluxConfig, Route, RouterConfig
 from flux_mlx.stream import stream_generate, warn_if_too_long
 from parity_tests.tiny_directories import TEMPLATE, VOCABULARY, flux_directory
@@ -101,6 +101,27 @@ def test_speculative_generation_is_greedy(directory):
     assert [response.token for response in drafted] == greedy
     with pytest.raises(ValueError, match="takes fewer than 15 draft tokens, got 15"):
         next(stream_generate(model, tokenizer, tokens, draft_model=draft, num_draft_tokens=15))
+
+
+def test_stock_speculative_generation_is_greedy_or_refused(directory):
+    model, tokenizer = flux_mlx.load(directory)
+    stock, _ = mlx_lm.load(str(directory.with_name(directory.name + "-stock")))
+
+    def answer(target, tokens, **settings):
+        return [r.token for r in mlx_lm.stream_generate(target, tokenizer, tokens, max_tokens=20, **settings)]
+
+    for text in (PROMPT, PROMPT[:9]):  # a prompt that is routed, and one that is not
+        tokens = tokenizer.encode(text)
+        greedy = answer(model, tokens)
+        assert answer(model, tokens, draft_model=stock, num_draft_tokens=14) == greedy
+        for drafted in (15, 20):
+            with pytest.raises(
+                ValueError, match=f"expected 14 draft tokens at most with automatic routes, got {drafted}"
+            ):
+                answer(model, tokens, draft_model=stock, num_draft_tokens=drafted)
+        assert answer(stock, tokens, draft_model=model, num_draft_tokens=20) == answer(stock, tokens)
+    set_route(model, (1, 3))
+    assert answer(model, tokens, draft_model=stock, num_draft_tokens=20) == answer(model, tokens)
 
 
 def test_a_saved_prompt_cache_is_continued(directory, tmp_path):
