@@ -18,7 +18,10 @@ def targets(tmp_path_factory) -> dict[str, Target]:
     return {target.name: target for target in make_targets(tmp_path_factory.mktemp("fuzz"))}
 
 
-@pytest.mark.parametrize("name", ["config", "weights", "router-bytes", "tokenizer", "routers", "cache", "gguf"])
+NAMES = "config weights router-bytes tokenizer vocabulary generation routers cache gguf"
+
+
+@pytest.mark.parametrize("name", NAMES.split())
 def test_mutants_are_read_or_refused_by_name(targets, name):
     result = fuzz(targets[name], COUNT, seed=7)
     assert result.count == COUNT

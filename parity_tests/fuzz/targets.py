@@ -86,6 +86,7 @@ def _router_bytes(model: Path) -> Target:
 def make_targets(folder: Path) -> list[Target]:
     """All targets, their valid files in `folder`."""
     model = flux_directory(folder / "model", **SIZES)
+    (model / "generation_config.json").write_text('{"eos_token_id": [256, 3], "temperature": 0.6, "top_p": 0.95}')
     small = flux_model(**SIZES)
     cache = folder / "cache.safetensors"
     save_prompt_cache(cache, cache_prompt(small, prompt(20)), small)
@@ -97,6 +98,8 @@ def make_targets(folder: Path) -> list[Target]:
         _directory_part(model, "model.safetensors", "weights"),
         _router_bytes(model),
         _directory_part(model, "tokenizer_config.json", "tokenizer"),
+        _directory_part(model, "tokenizer.json", "vocabulary"),
+        _directory_part(model, "generation_config.json", "generation"),
         Target("routers", routers, partial(read_routers, routers), stamped=True),
         Target("cache", cache, partial(load_prompt_cache, cache, small), stamped=True),
         Target("gguf", gguf, partial(_read_gguf, gguf)),
