@@ -18,7 +18,7 @@ from parity_tests.tiny_directories import flux_directory
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
 
 
-@pytest.mark.parametrize("family", ["llama"])
+@pytest.mark.parametrize("family", ["llama", "glm4_moe"])
 def test_two_ranks_are_one_process(family, tmp_path):
     directory = flux_directory(tmp_path / "flux", family)
     worker = Path(__file__).with_name("distributed_worker.py")

@@ -108,8 +108,16 @@ def test_a_saved_prompt_cache_goes_on(directory, tmp_path):
 
 
 def test_chat_reroutes_its_turns(directory):
-    output = run("chat", "--model", directory, TRUST, "--max-tokens", "4", text=f"{TEXT}\n{TEXT[:40]}\nq\n")
-    assert len(routes_shown(output)) >= 1
+    said = (TEXT, " ".join(["No."] * 20))
+    output = run("chat", "--model", directory, TRUST, "--max-tokens", "4", text="\n".join([*said, "q", ""]))
+    model, tokenizer = load(directory)
+    cache, expected = model.make_cache(), []
+    for text in said:
+        tokens = tokenizer.encode(f"<|user|>{text}\n<|assistant|>")
+        assert list(stream_generate(model, tokenizer, tokens, max_tokens=4, prompt_cache=cache))
+        expected.append(describe_routes(cache))
+    assert routes_shown(output) == expected  # shown when they change
+    assert expected[0] != expected[1]
     assert output.count("\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}") == 3
 
 
