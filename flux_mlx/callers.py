@@ -38,20 +38,20 @@ def refuse_gguf_export() -> None:
             )
 
 
-def refuse_long_drafts(model: Any, tokens: mx.array | None, min_prefill_tokens: int) -> None:
+def refuse_long_drafts(model: Any, tokens: mx.array | None, limit: int) -> None:
     """Refuse to verify drafts that routers would take for a prompt.
 
-    mlx-lm gives drafts to the model in one call, of one token more than it drafts, and a call of `min_prefill_tokens`
-    is routed. Shorter calls, decoding among them, are let through without a look at frames.
+    Calls that verify at most `limit` drafts (`RouterConfig.max_draft_tokens`), decoding among them, are let through
+    without a look at frames.
 
     Raises:
         ValueError: `mlx_lm.generate.speculative_generate_step` calls with `model` as its target, and drafts too many.
     """
-    if tokens is None or tokens.shape[-1] < min_prefill_tokens:
+    if tokens is None or tokens.shape[-1] <= limit + 1:
         return
     for frame in _callers():
         if frame.f_code is not speculative_generate_step.__code__ or frame.f_locals["model"] is not model:
             continue
-        drafted, limit = frame.f_locals["num_draft_tokens"], min_prefill_tokens - 2
+        drafted = frame.f_locals["num_draft_tokens"]
         if drafted > limit:
             raise ValueError(f"[FluxModel] expected {limit} draft tokens at most with automatic routes, got {drafted}.")

@@ -77,7 +77,7 @@ def _checked_call(stock: type) -> Any:
         if len(cache) != len(self.layers):
             raise ValueError(f"[FluxModel] the cache has {len(cache)} entries, the model {len(self.layers)} layers.")
         if self.flux.route == "auto" and args:  # mlx-lm passes tokens by position
-            refuse_long_drafts(self, args[0], self.flux.router.min_prefill_tokens)
+            refuse_long_drafts(self, args[0], self.flux.router.max_draft_tokens)
         for entry in cache:
             CacheList.adopt(entry)
         before = taken_routes(cache) if self.flux_show else None

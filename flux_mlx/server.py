@@ -21,7 +21,7 @@ from mlx_lm.server import ModelProvider, _run_http_server
 from mlx_lm.utils import _parse_size, load_adapters, maybe_set_recommended_wired_limit
 
 from flux_mlx.generate import add_kv_policy_argument
-from flux_mlx.models import routed_layers, set_kv_policy
+from flux_mlx.models import FluxModel, set_kv_policy
 from flux_mlx.safe_loading import find_model, load_without_code
 from flux_mlx.server_http import LOOPBACK_NAMES, Handler
 from flux_mlx.server_log import RequestLog
@@ -72,8 +72,7 @@ class Provider(ModelProvider):
 
     def max_draft_tokens(self) -> int:
         """Drafts that a routed model can tell from a prompt."""
-        routed = routed_layers(self.model) if self.model is not None else {}
-        return min((attn.flux.router.min_prefill_tokens - 2 for attn in routed.values()), default=1 << 30)
+        return self.model.flux.router.max_draft_tokens if isinstance(self.model, FluxModel) else 1 << 30
 
 
 def build_parser() -> argparse.ArgumentParser:

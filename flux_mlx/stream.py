@@ -15,7 +15,7 @@ from mlx_lm.generate import stream_generate as stock_stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 
 from flux_mlx.exact_prefill import DEFAULT_STEP_TOKENS, prefill
-from flux_mlx.models import routed_layers
+from flux_mlx.models import FluxModel, routed_layers
 
 QUANTIZATION = ("kv_bits", "kv_group_size", "quantized_kv_start")
 
@@ -33,13 +33,11 @@ def check_draft_tokens(model: nn.Module, num_draft_tokens: int) -> None:
     """Refuse drafts whose verification would look like a prompt to the routers.
 
     Raises:
-        ValueError: `num_draft_tokens` + 1 reaches the shortest call that is routed.
+        ValueError: More than `RouterConfig.max_draft_tokens`.
     """
-    routed = routed_layers(model)
-    limit = min((attn.flux.router.min_prefill_tokens - 1 for attn in routed.values()), default=None)
-    if limit is not None and num_draft_tokens >= limit:
+    if isinstance(model, FluxModel) and num_draft_tokens > (limit := model.flux.router.max_draft_tokens):
         raise ValueError(
-            f"[stream_generate] a routed model takes fewer than {limit} draft tokens, got {num_draft_tokens}."
+            f"[stream_generate] a routed model takes fewer than {limit + 1} draft tokens, got {num_draft_tokens}."
         )
 
 

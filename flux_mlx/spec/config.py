@@ -158,6 +158,11 @@ class RouterConfig:
         _require_int("RouterConfig", "min_prefill_tokens", self.min_prefill_tokens, 2)
         _require_real("RouterConfig", "init_bias", self.init_bias, -1e4, 1e4)
 
+    @property
+    def max_draft_tokens(self) -> int:
+        """Drafts that one call, which holds one token more than them, verifies without being taken for a prompt."""
+        return self.min_prefill_tokens - 2
+
     @staticmethod
     def key(layer: int, name: str) -> str:
         """Name in a model directory of the router parameter `name` (of `parameter_shapes`) of a layer."""

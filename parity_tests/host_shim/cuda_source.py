@@ -15,7 +15,7 @@ import numpy as np
 
 from flux_mlx.cuda_catalog import Launch, Source
 from parity_tests.host_shim import build
-from parity_tests.host_shim.run import View, _data, _execute, dtype_name, from_bytes
+from parity_tests.host_shim.run import View, _data, _execute, dtype_name, read_outputs
 
 _TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16", "int32": "int32_t"}
 _AXES = {"_shape": "Shape", "_strides": "Strides"}
@@ -118,9 +118,4 @@ class HostCuda:
         text = host_text(launch, dtypes)
         program = build.executable(text.replace(before, after) if before else text, sanitize=self.sanitize)
         result = _execute(Path(program), struct.pack("<9I", 0, 0, *sizes) + table + payload, self.timeout_s)
-        results, start = [], 8
-        for shape, dtype in outputs:
-            size = int(np.prod(shape)) * getattr(mx, dtype).size
-            results.append(from_bytes(result[start : start + size], shape, dtype))
-            start += size
-        return results
+        return read_outputs(result, outputs)

@@ -172,12 +172,17 @@ class HostRun:
         (scratch_bytes,) = struct.unpack_from("<Q", result)
         if scratch_bytes > (launch.threadgroup_bytes + 15) // 16 * 16 + 32:
             raise HostError(f"{launch.spec.name} takes {scratch_bytes} bytes of threadgroup memory, more than listed.")
-        results, start = [], 8
-        for shape, dtype in outputs:
-            size = int(np.prod(shape)) * getattr(mx, dtype).size
-            results.append(from_bytes(result[start : start + size], shape, dtype))
-            start += size
-        return results
+        return read_outputs(result, outputs)
+
+
+def read_outputs(result: bytes, outputs: list[tuple[tuple[int, ...], str]]) -> list[mx.array]:
+    """The arrays of `outputs`, shape and dtype each, that a program wrote one after the other behind 8 bytes."""
+    arrays, start = [], 8
+    for shape, dtype in outputs:
+        size = int(np.prod(shape)) * getattr(mx, dtype).size
+        arrays.append(from_bytes(result[start : start + size], shape, dtype))
+        start += size
+    return arrays
 
 
 def _execute(program: Path, job: bytes, timeout_s: int) -> bytes:
