@@ -173,6 +173,25 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def as_float32(value: float) -> float:
+    """The nearest value that float32 holds: MLX takes no other float as a scalar."""
+    return struct.unpack("<f", struct.pack("<f", value))[0]
+
+
+def as_int32(value: int) -> int:
+    """`value`.
+
+    Raises:
+        ValueError: int32 does not hold it: MLX takes no other int as a scalar.
+    """
+    if not -_INT32_LIMIT <= value < _INT32_LIMIT:
+        raise ValueError(f"[cuda_catalog] expected a scalar that int32 holds, got {value}.")
+    return value
+
+
+_SCALARS = {"int32": as_int32, "float32": as_float32}
+
+
 def fits_int32(q: Shape, k: Shape) -> bool:
     """Whether the strides of the portable kernel, which are int32, can hold these shapes."""
     (B, HQ, L, D), (_, HKV, capacity, _) = q, k
@@ -222,7 +241,7 @@ def prefill(
         kernel.threads,
         tuple(shapes[name] for name in kernel.outputs),
         tuple(dtypes[name] for name in kernel.outputs),
-        tuple((name, values[name]) for name, _ in kernel.scalars),
+        tuple((name, _SCALARS[kind](values[name])) for name, kind in kernel.scalars),
     )
 
 

@@ -210,11 +210,20 @@ def test_cuda_by_name_is_never_replaced(L, impl):
 
 @needs_no_device
 @pytest.mark.parametrize("L", [1, 30])
-def test_mlx_takes_the_calls(monkeypatch, L):
-    """MLX without CUDA refuses a launch only after its arguments have the right types."""
+@pytest.mark.parametrize("device", [AMPERE, H100], ids=["portable", "hopper"])
+def test_mlx_takes_the_calls(monkeypatch, L, device):
+    """MLX without CUDA refuses a launch only after its arguments have the right types: floats that float32 holds."""
     monkeypatch.setattr(cuda_kernels, "is_available", lambda: True)
-    with pytest.raises((RuntimeError, ValueError), match=r"(?i)cuda|gpu"):
-        cuda_kernels.full_attention(draw(1, 4, L, 64), draw(1, 2, 300, 64), draw(1, 2, 300, 64))
+    monkeypatch.setattr(cuda_kernels, "device", lambda: device)
+    with pytest.raises(RuntimeError, match="No CUDA back-end"):
+        cuda_kernels.full_attention(draw(1, 4, L, 64), draw(1, 2, 300, 64), draw(1, 2, 300, 64), scale=0.1)
+
+
+def test_scalars_are_what_mlx_takes():
+    assert cuda_catalog.as_float32(0.1) == np.float32(0.1)
+    assert cuda_catalog.as_int32(-(2**31)) == -(2**31)
+    with pytest.raises(ValueError, match="expected a scalar that int32 holds, got 2147483648"):
+        cuda_catalog.as_int32(2**31)
 
 
 @pytest.fixture
