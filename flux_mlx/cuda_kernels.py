@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -123,21 +123,31 @@ def refusal(
     q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None, family: str | None = None
 ) -> str:
     """Why no kernel computes such a call on this device; "" if one does."""
-    (B, HQ, L, D), dtype = q.shape, _dtype_name(q)
-    if not (dtype and q.dtype == k.dtype == v.dtype):
-        return f"expected dtype {' or '.join(cuda_catalog.DTYPES)}, got {q.dtype}, {k.dtype} and {v.dtype}"
-    if D not in cuda_catalog.HEAD_DIMS or k.shape != v.shape or k.shape[0] != B or HQ % k.shape[1]:
-        dims = cuda_catalog.HEAD_DIMS
-        return f"expected q [B, HQ, L, D], k and v [B, HKV, S, D] with D of {dims}, got {q.shape}, {k.shape}, {v.shape}"
+    if not q.dtype == k.dtype == v.dtype:
+        return f"expected q, k and v of one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
+    if k.shape != v.shape:
+        return f"expected k and v of one shape, got {k.shape} and {v.shape}"
     if prompt_tokens is not None and pattern.name != "streaming":
         return f'expected pattern "streaming" in exact prefill, got "{pattern.name}"'
+    return shape_refusal(tuple(q.shape), tuple(k.shape), _dtype_name(q) or str(q.dtype), pattern, family)
+
+
+def shape_refusal(
+    q: tuple[int, ...], k: tuple[int, ...], dtype: str, pattern: PatternConfig, family: str | None = None
+) -> str:
+    """The same by the shapes of q and k and the name of their dtype."""
+    B, HQ, L, D = q
+    if dtype not in cuda_catalog.DTYPES:
+        return f"expected dtype {' or '.join(cuda_catalog.DTYPES)}, got {dtype}"
+    if D not in cuda_catalog.HEAD_DIMS or k[0] != B or HQ % k[1] or k[3] != D:
+        return f"expected q [B, HQ, L, D] and k [B, HKV, S, D] with D of {cuda_catalog.HEAD_DIMS}, got {q} and {k}"
     if L <= cuda_catalog.DECODE_TOKENS:
         return "" if device().major >= 8 else f"expected compute capability 8.0 or newer, got {device()}"
     kernel = cuda_catalog.find(dtype, D, pattern.block_size, device(), family)
     if kernel is None:
         return f"no compiled kernel for block size {pattern.block_size} on compute capability {device().major}"
-    if kernel.family == "portable" and not cuda_catalog.fits_int32(q.shape, k.shape):
-        return f"expected strides of less than 2**31 elements, got shapes {q.shape} and {k.shape}"
+    if kernel.family == "portable" and not cuda_catalog.fits_int32(q, k):
+        return f"expected strides of less than 2**31 elements, got shapes {q} and {k}"
     return ""
 
 
@@ -227,6 +237,45 @@ def routed_attention(
         k, v = (streaming.compact(x[:, :, :tokens], pattern, q.shape[2]) for x in (k, v))
         tokens = k.shape[2]
     return _prefill(q, k, v, route, pattern, scale, tokens, is_sparse, family, run)
+
+
+@lru_cache(maxsize=64)
+def decoder(
+    q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype_name: str, pattern: PatternConfig, scale: float,
+    route: Route | tuple[int, ...], run: Run = cuda_run,
+) -> Callable[[mx.array, mx.array, mx.array, int], mx.array]:  # fmt: skip
+    """Decode of one shape as a function that does next to nothing on the host; made once for all layers.
+
+    Args:
+        q_shape: `[B, HQ, L, D]`, L of 8 at most.
+        k_shape: `[B, HKV, capacity, D]` of the whole buffers of the cache.
+        dtype_name: "bfloat16" or "float16".
+        pattern, scale: As in `sparse_attention`.
+        route: Of all rows, or of each.
+        run: Launcher.
+
+    Returns:
+        A function of q `[B, HQ, L, D]`, the buffers k and v, and kv_tokens: out `[B, L, HQ * D]`.
+
+    Raises:
+        ValueError: No kernel takes such calls on this device.
+    """
+    (B, HQ, L, D), kv_heads = q_shape, k_shape[1]
+    if problem := shape_refusal(q_shape, k_shape, dtype_name, pattern):
+        raise ValueError(f"[decoder] {problem}.")
+    if L > cuda_catalog.DECODE_TOKENS:
+        raise ValueError(f"[decoder] expected up to {cuda_catalog.DECODE_TOKENS} queries, got {L}.")
+    codes = tuple(int(code) for code in route) if isinstance(route, tuple) else (int(route),) * B
+    is_sparse = set(codes) == {int(Route.SPARSE)}
+
+    def decode(q: mx.array, k: mx.array, v: mx.array, kv_tokens: int) -> mx.array:
+        visible = min(kv_tokens, pattern.window_span + pattern.sink_span + L) if is_sparse else kv_tokens
+        splits = cuda_catalog.decode_splits(device(), q_shape, kv_heads, visible)
+        split, merge = cuda_catalog.decode(q_shape, kv_heads, dtype_name, pattern, scale, splits)
+        out, _ = run(merge, run(split, [q, k[:, :, :kv_tokens], v[:, :, :kv_tokens], _route_codes(codes)]))
+        return out.reshape(B, L, HQ * D)
+
+    return decode
 
 
 def _is_worth_compacting(tokens: int, capacity: int, q_tokens: int, pattern: PatternConfig) -> bool:

@@ -93,6 +93,36 @@ def test_prefill_reads_a_cache_buffer(L, S, D, dtype):
     check(results, spec.sparse_attention(*(as_float64(x) for x in (q, k, v)), PREFILL_PATTERN), dtype)
 
 
+@pytest.mark.parametrize(("sizes", "dtype"), [((1, 8, 2, 1, 301, 128), "bfloat16"), ((2, 4, 1, 3, 200, 64), "float16")])
+def test_decoder(sizes, dtype):
+    """Whole buffers, NaN behind the keys in use; routes of all rows or of each."""
+    B, HQ, HKV, L, S, D = sizes
+    q, k, v = draw(B, HQ, L, D, dtype=dtype), draw(B, HKV, S, D, dtype=dtype), draw(B, HKV, S, D, dtype=dtype, seed=1)
+    behind = mx.full((B, HKV, 19, D), float("nan"), k.dtype)
+    buffers = [mx.concatenate([x, behind], axis=2) for x in (k, v)]
+    arrays = [as_float64(x) for x in (q, k, v)]
+    expected = [spec.full_attention(*arrays)[0], spec.sparse_attention(*arrays, DECODE_PATTERN)[0]]
+    for route in (Route.FULL, Route.SPARSE, (Route.SPARSE, Route.FULL)[:B]):
+        codes = route if isinstance(route, tuple) else (route,) * B
+        decode = cuda_kernels.decoder(
+            tuple(q.shape), tuple(buffers[0].shape), dtype, DECODE_PATTERN, D**-0.5, route, HostCuda()
+        )
+        out = decode(q, *buffers, S)
+        assert out.shape == (B, L, HQ * D)
+        wanted = np.stack([expected[code == Route.SPARSE][row] for row, code in enumerate(codes)])
+        check([out], [wanted.swapaxes(1, 2).reshape(out.shape)], dtype)
+
+
+def test_what_no_decoder_takes():
+    options = ("float16", DECODE_PATTERN, 0.125, Route.SPARSE)
+    with pytest.raises(ValueError, match="expected up to 8 queries, got 9"):
+        cuda_kernels.decoder((1, 4, 9, 64), (1, 2, 256, 64), "float16", PREFILL_PATTERN, 0.125, Route.SPARSE)
+    with pytest.raises(ValueError, match=r"with D of \(64, 128\), got \(1, 4, 1, 80\)"):
+        cuda_kernels.decoder((1, 4, 1, 80), (1, 2, 256, 80), *options)
+    with pytest.raises(ValueError, match="expected dtype bfloat16 or float16, got float32"):
+        cuda_kernels.decoder((1, 4, 1, 64), (1, 2, 256, 64), "float32", *options[1:])
+
+
 @pytest.mark.parametrize("L", [2, 90])
 def test_routes_are_read_on_the_device(L):
     q, k, v = draw(3, 2, L, 64), draw(3, 1, 400, 64), draw(3, 1, 400, 64, seed=1)
