@@ -14,6 +14,7 @@ from mlx_lm.generate import generation_stream
 
 from flux_mlx.cache import describe_routes
 from flux_mlx.cache_files import save_prompt_cache
+from flux_mlx.cuda_settings import prepare_cuda
 from flux_mlx.exact_prefill import DEFAULT_STEP_TOKENS, prefill
 from flux_mlx.generate import add_route_arguments, load_model, progress_bar
 
@@ -53,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. Bad input ends in one line on stderr and status 2."""
+    prepare_cuda()
     parser = build_parser()
     args = parser.parse_args(argv)
     model, tokenizer = load_model(parser, args)

@@ -39,9 +39,9 @@ def refuse_gguf_export() -> None:
 
 
 def refuse_long_drafts(model: Any, tokens: mx.array | None, limit: int) -> None:
-    """Refuse to verify drafts that routers would take for a prompt.
+    """Refuse to verify more drafts than the model can.
 
-    Calls that verify at most `limit` drafts (`RouterConfig.max_draft_tokens`), decoding among them, are let through
+    Calls that verify at most `limit` drafts (`FluxModel.max_draft_tokens`), decoding among them, are let through
     without a look at frames.
 
     Raises:
@@ -54,4 +54,6 @@ def refuse_long_drafts(model: Any, tokens: mx.array | None, limit: int) -> None:
             continue
         drafted = frame.f_locals["num_draft_tokens"]
         if drafted > limit:
-            raise ValueError(f"[FluxModel] expected {limit} draft tokens at most with automatic routes, got {drafted}.")
+            raise ValueError(
+                f"[FluxModel] expected {limit} draft tokens at most with this route and KV policy, got {drafted}."
+            )

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from flux_mlx.cache import CacheList, can_trim, describe_routes, tokens_held
+from flux_mlx.cuda_settings import prepare_cuda
 from flux_mlx.generate import add_kv_policy_argument, add_route_arguments, load_model, sampler_of
 from flux_mlx.stream import stream_generate, warn_if_too_long
 
@@ -73,15 +74,15 @@ class Conversation:
         return new
 
     def cut(self, tokens: int) -> None:
-        """Keep the first `tokens` in the cache, and the layers' routes; keep nothing if it cannot be cut."""
+        """Keep the first `tokens` in the cache, and the layers' routes; nothing if it cannot be cut, or of no tokens."""
         excess = tokens_held(self.cache) - tokens
-        if excess > 0 and can_trim(self.cache, excess):
+        if excess > 0 and tokens > 0 and can_trim(self.cache, excess):
             for entry in self.cache:
                 routes = entry.routes if isinstance(entry, CacheList) else None
                 entry.trim(excess)
                 if routes is not None:
                     entry.resume(routes)
-        elif excess > 0:  # windows that have moved on, states: what they held before is gone
+        elif excess > 0:  # nothing is to be kept; or windows that have moved on, states: what they held before is gone
             self.cache, tokens = self.model.make_cache(), 0
         self.tokens = self.tokens[:tokens]
 
@@ -143,6 +144,7 @@ def status_line(chat: Conversation, new_tokens: int, first_token_s: float, respo
 
 def main() -> None:
     """Entry point."""
+    prepare_cuda()
     parser = setup_arg_parser()
     args = parser.parse_args()
     if args.pipeline:

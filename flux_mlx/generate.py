@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from flux_mlx.cache import CacheList, describe_routes, tokens_held
 from flux_mlx.cache_files import check_model, has_fingerprint, read_metadata
+from flux_mlx.cuda_settings import prepare_cuda
 from flux_mlx.loading import find_directory, load
 from flux_mlx.models import KV_POLICIES, set_kv_policy, set_route
 from flux_mlx.safe_loading import load_without_code
@@ -242,6 +243,7 @@ def sampler_of(args: argparse.Namespace, tokenizer: Any) -> Any:
 
 def main() -> None:
     """Entry point."""
+    prepare_cuda()
     parser = setup_arg_parser()
     args = parser.parse_args()
     args.chat_template_config = template_settings(parser, args.chat_template_config)

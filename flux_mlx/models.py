@@ -25,6 +25,7 @@ from flux_mlx.router import Affine, LayerRouter
 from flux_mlx.router_training import Samples, TrainableAffine, make_trainable
 from flux_mlx.spec import FluxConfig, Route, parse_route
 from flux_mlx.spec.config import ROUTER_INFIX, RoutePolicy
+from flux_mlx.window_cache import ROOM_TOKENS
 
 KV_POLICIES = ("keep", "evict")
 
@@ -44,6 +45,16 @@ class FluxModel:
     def _stock_cache(self) -> list[Any]:
         stock = getattr(super(), "make_cache", None)
         return stock() if stock else [KVCache() for _ in self.layers]
+
+    @property
+    def max_draft_tokens(self) -> int | None:
+        """Drafts that one call can verify: not taken for a prompt by routers, not too many for a window to take back.
+
+        None: any number, with forced routes and all keys.
+        """
+        if self.flux.route == "auto":
+            return self.flux.router.max_draft_tokens
+        return ROOM_TOKENS - 1 if any(attn.evicts for attn in routed_layers(self).values()) else None
 
     @property
     def cast_predicate(self):
@@ -76,8 +87,8 @@ def _checked_call(stock: type) -> Any:
             return stock.__call__(self, *args, **kwargs)
         if len(cache) != len(self.layers):
             raise ValueError(f"[FluxModel] the cache has {len(cache)} entries, the model {len(self.layers)} layers.")
-        if self.flux.route == "auto" and args:  # mlx-lm passes tokens by position
-            refuse_long_drafts(self, args[0], self.flux.router.max_draft_tokens)
+        if args and (limit := self.max_draft_tokens) is not None:  # mlx-lm passes tokens by position
+            refuse_long_drafts(self, args[0], limit)
         for entry in cache:
             CacheList.adopt(entry)
         before = taken_routes(cache) if self.flux_show else None

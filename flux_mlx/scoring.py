@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step
 
 from flux_mlx.base_model import load_base
+from flux_mlx.cuda_settings import prepare_cuda
 from flux_mlx.exact_prefill import prefill
 from flux_mlx.models import apply, routed_layers, set_route
 from flux_mlx.spec import FluxConfig, Route
@@ -47,6 +48,7 @@ class Scorer:
     """
 
     def __init__(self, path: str | Path):
+        prepare_cuda()
         base, _ = load_base(Path(path))
         self.model: nn.Module = apply(base, FluxConfig())
         self.layers = len(self.model.layers)

@@ -20,6 +20,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.server import ModelProvider, _run_http_server
 from mlx_lm.utils import _parse_size, load_adapters, maybe_set_recommended_wired_limit
 
+from flux_mlx.cuda_settings import prepare_cuda
 from flux_mlx.generate import add_kv_policy_argument
 from flux_mlx.models import FluxModel, set_kv_policy
 from flux_mlx.safe_loading import find_model, load_without_code
@@ -70,9 +71,9 @@ class Provider(ModelProvider):
         """Logits of a token."""
         return self.model.args.vocab_size if hasattr(self.model.args, "vocab_size") else self.tokenizer.vocab_size
 
-    def max_draft_tokens(self) -> int:
-        """Drafts that a routed model can tell from a prompt."""
-        return self.model.flux.router.max_draft_tokens if isinstance(self.model, FluxModel) else 1 << 30
+    def max_draft_tokens(self) -> int | None:
+        """Drafts that the model can verify at once; None: any number."""
+        return self.model.max_draft_tokens if isinstance(self.model, FluxModel) else None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -90,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="web origins whose pages may send requests, as https://a.example,https://b.example (default: none)",
     )
     add("--draft-model", help="model for speculative decoding")
-    add("--num-draft-tokens", type=int, default=3, help="(default: %(default)s; a Flux model takes 14 at most)")
+    add("--num-draft-tokens", type=int, default=3, help="(default: %(default)s; 14 at most with automatic routes)")
     add("--log-level", default="INFO", choices=LEVELS, help="(default: %(default)s)")
     add("--chat-template", default="", help="chat template for the tokenizer")
     add("--use-default-chat-template", action="store_true", help="use the tokenizer's default chat template")
@@ -130,7 +131,7 @@ def serve(args: argparse.Namespace) -> None:
         if args.kv_policy == "evict" and args.kv_bits is not None:
             raise ValueError("[server] --kv-policy evict does not go with --kv-bits: choose one of them.")
         limit = provider.max_draft_tokens()
-        if args.draft_model and args.num_draft_tokens > limit:
+        if args.draft_model and limit is not None and args.num_draft_tokens > limit:
             raise ValueError(f"[server] --num-draft-tokens must be at most {limit} for this model.")
         if args.host not in LOOPBACK_NAMES:
             logging.warning("listening at %s: everybody who can reach this machine can use the model", args.host)
@@ -141,6 +142,7 @@ def serve(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. A model that cannot be loaded ends in one line on stderr and status 2."""
+    prepare_cuda()
     parser = build_parser()
     args: Any = parser.parse_args(argv)
     maybe_set_recommended_wired_limit()

@@ -182,6 +182,6 @@ class Generator(ResponseGenerator):
         if args.sampling.top_k >= vocabulary:
             raise ValueError(f"top_k must be below the vocabulary's {vocabulary}, got {args.sampling.top_k}")
         limit = self.model_provider.max_draft_tokens()
-        if self.model_provider.draft_model is not None and args.num_draft_tokens > limit:
+        if self.model_provider.draft_model is not None and limit is not None and args.num_draft_tokens > limit:
             raise ValueError(f"num_draft_tokens must be at most {limit} for this model, got {args.num_draft_tokens}")
         return found

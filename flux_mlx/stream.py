@@ -30,14 +30,16 @@ def warn_if_too_long(model: nn.Module, tokens: int) -> None:
 
 
 def check_draft_tokens(model: nn.Module, num_draft_tokens: int) -> None:
-    """Refuse drafts whose verification would look like a prompt to the routers.
+    """Refuse more drafts than the model can verify.
 
     Raises:
-        ValueError: More than `RouterConfig.max_draft_tokens`.
+        ValueError: More than `FluxModel.max_draft_tokens`.
     """
-    if isinstance(model, FluxModel) and num_draft_tokens > (limit := model.flux.router.max_draft_tokens):
+    limit = model.max_draft_tokens if isinstance(model, FluxModel) else None
+    if limit is not None and num_draft_tokens > limit:
         raise ValueError(
-            f"[stream_generate] a routed model takes fewer than {limit + 1} draft tokens, got {num_draft_tokens}."
+            f"[stream_generate] expected {limit} draft tokens at most with this route and KV policy, "
+            f"got {num_draft_tokens}."
         )
 
 
@@ -79,7 +81,7 @@ def stream_generate(
         prompt: Token ids, 1 or more: those that follow what `prompt_cache` holds.
         prompt_cache: From `model.make_cache()` (followed by the draft model's, if there is one); updated in place.
         draft_model: Draft model for speculative decoding, with the same tokenizer.
-        num_draft_tokens: Tokens drafted at a time, fewer than 15.
+        num_draft_tokens: Tokens drafted at a time, `model.max_draft_tokens` at most.
         prefill_step_size: Tokens of a prefill chunk.
         prompt_progress_callback: Called with (layers done, layers) during prefill.
         kwargs: Passed on to mlx-lm's `stream_generate`: max_tokens, sampler, kv_bits, ...

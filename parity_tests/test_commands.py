@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 import flux_mlx
 from flux_mlx.chat import Conversation
+from flux_mlx.cuda_settings import CUDA_SETTINGS
 from flux_mlx.models import routed_layers, set_route
 from flux_mlx.spec import FluxConfig, Route, RouterConfig
 from flux_mlx.stream import stream_generate, warn_if_too_long
@@ -99,8 +101,30 @@ def test_speculative_generation_is_greedy(directory):
     greedy = [response.token for response in stream_generate(model, tokenizer, tokens, max_tokens=8)]
     drafted = stream_generate(model, tokenizer, tokens, max_tokens=8, draft_model=draft)
     assert [response.token for response in drafted] == greedy
-    with pytest.raises(ValueError, match="takes fewer than 15 draft tokens, got 15"):
+    with pytest.raises(ValueError, match="expected 14 draft tokens at most with this route and KV policy, got 15"):
         next(stream_generate(model, tokenizer, tokens, draft_model=draft, num_draft_tokens=15))
+
+
+@pytest.mark.parametrize("policy", ["keep", "evict"])
+def test_with_forced_routes_long_drafts_are_verified_too(directory, policy):
+    model, tokenizer = flux_mlx.load(directory)
+    stock, _ = mlx_lm.load(str(directory.with_name(directory.name + "-stock")))
+    flux_mlx.set_route(model, (1, 3))
+    flux_mlx.set_kv_policy(model, policy)
+    tokens = tokenizer.encode(PROMPT)
+
+    def answer(**settings) -> list[int]:
+        return [r.token for r in stream_generate(model, tokenizer, tokens, max_tokens=60, **settings)]
+
+    greedy = answer()
+    for drafted in (15, 40):
+        assert answer(draft_model=stock, num_draft_tokens=drafted) == greedy
+    if policy == "keep":
+        assert model.max_draft_tokens is None
+        return
+    with pytest.raises(ValueError, match="expected 255 draft tokens at most with this route and KV policy, got 256"):
+        answer(draft_model=stock, num_draft_tokens=256)
+    assert answer(draft_model=stock, num_draft_tokens=255) == greedy
 
 
 def test_stock_speculative_generation_is_greedy_or_refused(directory):
@@ -116,7 +140,7 @@ def test_stock_speculative_generation_is_greedy_or_refused(directory):
         assert answer(model, tokens, draft_model=stock, num_draft_tokens=14) == greedy
         for drafted in (15, 20):
             with pytest.raises(
-                ValueError, match=f"expected 14 draft tokens at most with automatic routes, got {drafted}"
+                ValueError, match=f"expected 14 draft tokens at most with this route and KV policy, got {drafted}"
             ):
                 answer(model, tokens, draft_model=stock, num_draft_tokens=drafted)
         assert answer(stock, tokens, draft_model=model, num_draft_tokens=20) == answer(stock, tokens)
@@ -159,6 +183,20 @@ def test_generate_refuses_in_one_line(directory, arguments, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "cache_prompt", "server", "benchmark"])
+def test_every_command_makes_room_for_many_shapes_on_cuda(command, monkeypatch):
+    first, *others = CUDA_SETTINGS
+    monkeypatch.setenv(first, "7")
+    for name in others:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "argv", [command, "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"flux_mlx.{command}").main()
+    assert {name: os.environ[name] for name in CUDA_SETTINGS} == CUDA_SETTINGS | {first: "7"}
+    for name in others:
+        monkeypatch.delenv(name)
 
 
 def test_a_prompt_longer_than_the_context_is_warned_of(directory):
@@ -214,8 +252,7 @@ def test_a_conversations_cache_holds_its_text(directory, template):
 def test_a_short_turn_only_takes_layers_to_full(directory, template):
     model, tokenizer = flux_mlx.load(directory)
     tokenizer.chat_template = tokenizer._tokenizer.chat_template = template
-    for attn in routed_layers(model).values():  # long enough to call every later turn a short one
-        attn.flux = FluxConfig(pattern=model.flux.pattern, router=RouterConfig(pool_tokens=100))
+    with_long_pools(model)
     chat = Conversation(model, tokenizer)
     lean(model, Route.FULL)
     say(chat, PROMPT)
@@ -227,6 +264,27 @@ def test_a_short_turn_only_takes_layers_to_full(directory, template):
     lean(model, Route.FULL)
     assert say(chat, "why?") < 100
     assert flux_mlx.routes(chat.cache) == [Route.FULL] * 4
+
+
+def test_a_cut_to_nothing_forgets_the_routes(directory):
+    model, tokenizer = flux_mlx.load(directory)
+    with_long_pools(model)
+    chat = Conversation(model, tokenizer)
+    lean(model, Route.FULL)
+    say(chat, PROMPT)
+    assert flux_mlx.routes(chat.cache) == [Route.FULL] * 4
+    chat.messages.clear()
+    chat.cut(0)
+    assert (chat.tokens, flux_mlx.routes(chat.cache)) == ([], [Route.UNSET] * 4)
+    lean(model, Route.SPARSE)
+    assert say(chat, "to be or not to be") < 100
+    assert flux_mlx.routes(chat.cache) == [Route.SPARSE] * 4  # no turn before this one holds the layers full
+
+
+def with_long_pools(model) -> None:
+    """Pools of 100 tokens, more than a short turn has."""
+    for attn in routed_layers(model).values():
+        attn.flux = FluxConfig(pattern=model.flux.pattern, router=RouterConfig(pool_tokens=100))
 
 
 def lean(model, route: Route) -> None:
