@@ -38,16 +38,19 @@ def refuse_gguf_export() -> None:
             )
 
 
-def refuse_long_drafts(model: Any, tokens: mx.array | None, limit: int) -> None:
+def refuse_long_drafts(model: Any, tokens: mx.array | None) -> None:
     """Refuse to verify more drafts than the model can.
 
-    Calls that verify at most `limit` drafts (`FluxModel.max_draft_tokens`), decoding among them, are let through
-    without a look at frames.
+    Calls as short as routers never take for a prompt, decoding among them, are let through without a look at the rest.
 
     Raises:
-        ValueError: `mlx_lm.generate.speculative_generate_step` calls with `model` as its target, and drafts too many.
+        ValueError: `mlx_lm.generate.speculative_generate_step` calls with `model` as its target, and drafts more than
+            `FluxModel.max_draft_tokens`.
     """
-    if tokens is None or tokens.shape[-1] <= limit + 1:
+    if tokens is None or tokens.shape[-1] <= model.flux.router.max_draft_tokens + 1:
+        return
+    limit = model.max_draft_tokens
+    if limit is None or tokens.shape[-1] <= limit + 1:
         return
     for frame in _callers():
         if frame.f_code is not speculative_generate_step.__code__ or frame.f_locals["model"] is not model:

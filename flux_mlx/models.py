@@ -87,8 +87,8 @@ def _checked_call(stock: type) -> Any:
             return stock.__call__(self, *args, **kwargs)
         if len(cache) != len(self.layers):
             raise ValueError(f"[FluxModel] the cache has {len(cache)} entries, the model {len(self.layers)} layers.")
-        if args and (limit := self.max_draft_tokens) is not None:  # mlx-lm passes tokens by position
-            refuse_long_drafts(self, args[0], limit)
+        if args:  # mlx-lm passes tokens by position
+            refuse_long_drafts(self, args[0])
         for entry in cache:
             CacheList.adopt(entry)
         before = taken_routes(cache) if self.flux_show else None
