@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.generate import stream_generate
 
 from parity_tests.properties import Decisions
 from parity_tests.tolerances import NEAR_TIE
+
+
+def single_run(model: nn.Module, tokenizer: Any, text: str, n: int = 12, **settings: Any) -> list[int]:
+    """The answer of stock's own generation to one prompt."""
+    return [r.token for r in stream_generate(model, tokenizer, tokenizer.encode(text), max_tokens=n, **settings)]
 
 
 class Answers:

@@ -14,9 +14,8 @@ import pytest
 
 from flux_mlx import load
 from flux_mlx.models import set_route
-from parity_tests.greedy import Answers
+from parity_tests.greedy import Answers, single_run
 from parity_tests.server_process import Server, running_server
-from parity_tests.test_server import single_run
 from parity_tests.tiny_directories import flux_directory
 
 REQUESTS = int(os.environ.get("FLUX_MLX_SOAK", "30"))
