@@ -21,6 +21,7 @@ from mlx_lm.models.cache import save_prompt_cache as stock_save
 from flux_mlx.cache import CacheList
 from flux_mlx.fingerprint import BLANK, check_stamp, digest_tensors, is_stamped, stamp
 from flux_mlx.weights import check_safetensors
+from flux_mlx.window_cache import WHY_NOT_SAVED
 
 VERSION = "2"
 
@@ -74,7 +75,7 @@ def save_prompt_cache(
     if len(cache) != len(model.layers):
         raise ValueError(f"[save_prompt_cache] {len(cache)} entries for a model of {len(model.layers)} layers.")
     if any(isinstance(entry, CacheList) and entry.is_evicted for entry in cache):
-        raise ValueError("[save_prompt_cache] expected all keys, but the KV policy evict has dropped some: use keep.")
+        raise ValueError(f"[save_prompt_cache] {WHY_NOT_SAVED}")
     stamps = {
         "flux_version": VERSION,
         "flux_layers": str(len(cache)),

@@ -18,11 +18,23 @@ from flux_mlx.spec import PatternConfig
 
 ROOM_TOKENS = 256  # as many as stock's KVCache grows by; moving 2,176 keys every 256 tokens is 8.5 a token
 
+WHY_NOT_SAVED = "expected all keys, but the KV policy evict has dropped some: use keep."
+
 Pair = tuple[mx.array, mx.array]
 
 
 class DroppedKeysError(ValueError):
     """A cut would need keys that are gone."""
+
+
+class _NotSaved:
+    """A leaf of a cache's state that evaluation passes by and mlx-lm's `save_prompt_cache` refuses, by its words.
+
+    It would write the class's name, by which `load_prompt_cache` knows its own classes only: a file for nobody.
+    """
+
+    def __str__(self) -> str:
+        return WHY_NOT_SAVED
 
 
 class WindowKVCache:
@@ -42,7 +54,7 @@ class WindowKVCache:
         self._sink: Pair = tuple(mx.contiguous(x[..., :sink, :]) for x in (keys, values))
         self._spare: Pair | None = None  # the block that was dropped last, should a cut need it
         self._move(*(x[..., self.first : offset, :] for x in (keys, values)))
-        mx.async_eval(self.state)  # else the graph would hold on to all keys
+        mx.async_eval(self._arrays())  # else the graph would hold on to all keys
 
     @classmethod
     def of(cls, kv: KVCache, pattern: PatternConfig) -> WindowKVCache:
@@ -151,11 +163,14 @@ class WindowKVCache:
         return False
 
     @property
-    def state(self) -> list[mx.array]:
-        """What stock code evaluates. Files of it cannot be read again: see `flux_mlx.cache_files`."""
+    def state(self) -> list[mx.array | _NotSaved]:
+        """What stock code evaluates. What would save it gets a ValueError, before anything is written."""
+        return [*self._arrays(), _NotSaved()]
+
+    def _arrays(self) -> list[mx.array]:
         return [self.keys, self.values, *self._sink, *(self._spare or ())]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all that is held."""
-        return sum(x.nbytes for x in self.state)
+        return sum(x.nbytes for x in self._arrays())

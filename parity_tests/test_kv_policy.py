@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import save_prompt_cache as stock_save
 
 import flux_mlx
 from benchmarks import long_context_memory
@@ -206,6 +207,8 @@ def test_what_it_gives_up_is_refused(tmp_path):
         model(mx.array([[1], [2]]), cache=copy.deepcopy(cache))
     with pytest.raises(ValueError, match=r"\[save_prompt_cache\] expected all keys, but the KV policy evict"):
         save_prompt_cache(tmp_path / "cache.safetensors", cache, model)
+    with pytest.raises(ValueError, match="not serializable: expected all keys, but the KV policy evict has dropped"):
+        stock_save(str(tmp_path / "cache.safetensors"), cache)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match=r"\[prefill\] the KV policy evict does not go with kv_bits"):
         flux_mlx.prefill(model, mx.array(prompt(40)), model.make_cache(), kv_bits=8)
