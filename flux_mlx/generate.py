@@ -14,9 +14,9 @@ from jinja2 import TemplateError
 from mlx_lm.generate import setup_arg_parser as stock_arg_parser
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
-from mlx_lm.utils import load_adapters
 from tqdm import tqdm
 
+from flux_mlx.adapters import load_adapters
 from flux_mlx.cache import CacheList, describe_routes, tokens_held
 from flux_mlx.cache_files import check_model, has_fingerprint, read_metadata
 from flux_mlx.cuda_settings import prepare_cuda
@@ -91,7 +91,6 @@ def load_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tup
         model, tokenizer = load(args.model)
         if args.adapter_path:
             load_adapters(model, args.adapter_path)
-            model.eval()
         if args.route is not None:
             set_route(model, args.route)
         set_kv_policy(model, getattr(args, "kv_policy", "keep"))

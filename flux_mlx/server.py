@@ -18,8 +18,9 @@ import mlx.core as mx
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.server import ModelProvider, _run_http_server
-from mlx_lm.utils import _parse_size, load_adapters, maybe_set_recommended_wired_limit
+from mlx_lm.utils import _parse_size, maybe_set_recommended_wired_limit
 
+from flux_mlx.adapters import check_adapters, load_adapters
 from flux_mlx.cuda_settings import prepare_cuda
 from flux_mlx.generate import add_kv_policy_argument
 from flux_mlx.models import FluxModel, set_kv_policy
@@ -44,12 +45,13 @@ class Provider(ModelProvider):
         for path in (model_path, draft_model_path):
             if path is not None:
                 find_model(path)  # refused before the model in use is dropped
+        if adapter_path is not None:
+            check_adapters(adapter_path)
         self.reset()
         mx.clear_cache()
         model, tokenizer, _ = load_without_code(model_path, self._tokenizer_config)
         if adapter_path is not None:
             load_adapters(model, adapter_path)
-            model.eval()
         if self.cli_args.use_default_chat_template and tokenizer.chat_template is None:
             tokenizer.chat_template = tokenizer.default_chat_template
         draft_model, draft_tokenizer = None, tokenizer

@@ -18,7 +18,7 @@ def targets(tmp_path_factory) -> dict[str, Target]:
     return {target.name: target for target in make_targets(tmp_path_factory.mktemp("fuzz"))}
 
 
-NAMES = "config weights router-bytes tokenizer vocabulary generation routers cache gguf"
+NAMES = "config weights router-bytes tokenizer vocabulary generation routers cache adapter-config adapter-weights gguf"
 
 
 @pytest.mark.parametrize("name", NAMES.split())

@@ -12,12 +12,14 @@ from pathlib import Path
 import mlx.core as mx
 
 from flux_mlx import load
+from flux_mlx.adapters import CONFIG_NAME, WEIGHTS_NAME, load_adapters
 from flux_mlx.cache_files import load_prompt_cache, save_prompt_cache
 from flux_mlx.cache_prompt import cache_prompt
 from flux_mlx.gguf import GGUFFile
 from flux_mlx.gguf_llama import check_tensors, llama_config
 from flux_mlx.spec import RouterConfig
 from flux_mlx.weights import read_routers
+from parity_tests.tiny_adapters import adapted, adapter_directory
 from parity_tests.tiny_directories import flux_directory, router_file
 from parity_tests.tiny_gguf import TinyLlama
 from parity_tests.tiny_models import flux_model, prompt
@@ -83,6 +85,12 @@ def _router_bytes(model: Path) -> Target:
     return Target("router-bytes", part, read, stamped=True)
 
 
+def _adapter_part(adapters: Path, name: str, label: str) -> Target:
+    copy = adapters.with_name(f"{adapters.name}-{label}")
+    shutil.copytree(adapters, copy)
+    return Target(label, copy / name, lambda: load_adapters(flux_model(**SIZES), copy))
+
+
 def make_targets(folder: Path) -> list[Target]:
     """All targets, their valid files in `folder`."""
     model = flux_directory(folder / "model", **SIZES)
@@ -91,6 +99,7 @@ def make_targets(folder: Path) -> list[Target]:
     cache = folder / "cache.safetensors"
     save_prompt_cache(cache, cache_prompt(small, prompt(20)), small)
     routers = router_file(folder / "routers.safetensors", **SIZES)
+    adapters = adapter_directory(folder / "adapters", adapted(flux_model(**SIZES)))
     gguf = TinyLlama().write(folder / "tiny.gguf")
     mx.clear_cache()
     return [
@@ -102,5 +111,7 @@ def make_targets(folder: Path) -> list[Target]:
         _directory_part(model, "generation_config.json", "generation"),
         Target("routers", routers, partial(read_routers, routers), stamped=True),
         Target("cache", cache, partial(load_prompt_cache, cache, small), stamped=True),
+        _adapter_part(adapters, CONFIG_NAME, "adapter-config"),
+        _adapter_part(adapters, WEIGHTS_NAME, "adapter-weights"),
         Target("gguf", gguf, partial(_read_gguf, gguf)),
     ]
