@@ -34,6 +34,7 @@ from flux_mlx.spec import FluxConfig, Route
 from parity_tests.tiny_models import PATTERN, ROUTER, prompt, randomise_routers, stock_model, tiny_config
 
 PRECISIONS = ("float32", "bfloat16", "8-bit", "4-bit")
+YES, ABSENT, FAILS = "yes", "none in stock", "fails"  # outcomes of a cell
 TOKENS = prompt(61)
 GROUP_SIZE = 32
 
@@ -250,14 +251,14 @@ ENTRY_POINTS: dict[str, Callable[[Case], None]] = {
 }
 
 
-def run_case(case: Case, name: str) -> str:
-    """ "yes", "no such thing: reason" (the stock model has it neither), or "FAILS: reason"."""
+def run_case(case: Case, name: str) -> tuple[str, str]:
+    """(outcome, reason): YES; ABSENT, the stock model cannot do it either; or FAILS."""
     if case.unavailable:
-        return f"no such thing: {case.unavailable}"
+        return ABSENT, case.unavailable
     try:
         ENTRY_POINTS[name](case)
     except NotThereError as error:
-        return f"no such thing: {error}"
+        return ABSENT, str(error)
     except Exception as error:
-        return f"FAILS: {type(error).__name__}: {error}"
-    return "yes"
+        return FAILS, f"{type(error).__name__}: {error}"
+    return YES, ""
