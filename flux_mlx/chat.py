@@ -74,7 +74,7 @@ class Conversation:
         return new
 
     def cut(self, tokens: int) -> None:
-        """Keep the first `tokens` in the cache, and the layers' routes; nothing if it cannot be cut, or of no tokens."""
+        """Keep the first `tokens` in the cache, and the layers' routes; nothing if they are none, or cannot be cut."""
         excess = tokens_held(self.cache) - tokens
         if excess > 0 and tokens > 0 and can_trim(self.cache, excess):
             for entry in self.cache:

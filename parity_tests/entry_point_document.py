@@ -84,7 +84,8 @@ Made by `python -m parity_tests.entry_points`, which runs every cell on a tiny r
 {commit} on {date} ([outcomes](../benchmarks/entry_points.json)); every test run compares some cells with that.
 *all* is {precisions}. With full routes a cell gives what the stock model gives, token by token
 (without cache in bfloat16: within rounding); with the routers' routes it runs to its end. *none in stock*: the
-family's stock model cannot do it either. Mixtures of experts in bfloat16 are missing because MLX's CPU backend multiplies experts in float32 only.
+family's stock model cannot do it either. Mixtures of experts in bfloat16 are missing because MLX's CPU backend
+multiplies experts in float32 only.
 
 {table}
 
