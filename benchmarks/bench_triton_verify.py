@@ -1,7 +1,8 @@
 """Every Triton kernel on a real GPU: sampled rows against float64, gradients against eager, repeats bit for bit.
 
 Run on a GPU from the repository root: python -m benchmarks.bench_triton_verify
-With --small every kernel runs once at a small size, for compute-sanitizer.
+With --small every kernel runs once at a small size, for compute-sanitizer; with --only WORD the cases that have it in
+their names.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -244,18 +246,22 @@ def main() -> None:
     """Run all cases; exit code 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="small sizes and one run each, for compute-sanitizer")
+    parser.add_argument("--only", default="", help="a word of the cases' names")
     parser.add_argument("--repeats", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
     repeats = 0 if options.small else options.repeats
-    rows = [attention_row(case, repeats) for case in cases(options.small)]
+    calls = [partial(attention_row, case, repeats) for case in cases(options.small) if options.only in case.name]
     near = PatternConfig(sink_tokens=128, window_tokens=256)
     backward = [((400, 400, 128), None), ((300, 455, 64), near), ((300, 455, 256), near), ((300, 455, 96), near)]
-    rows += [gradient_row(sizes, pattern, repeats) for sizes, pattern in backward]
+    if options.only in "gradients":
+        calls += [partial(gradient_row, sizes, pattern, repeats) for sizes, pattern in backward]
     chosen = [((500, 900, 128), None), ((700, 700, 64), None), ((500, 900, 80), 3)]
     chosen += [] if options.small else [((8192, 16384, 128), None)]
-    for sizes, top_k in chosen:
-        rows.append(selection_row(sizes, PatternConfig(name="xattention", top_k_blocks=top_k), repeats))
+    if options.only in "xattention choice":
+        patterns = [(sizes, PatternConfig(name="xattention", top_k_blocks=top_k)) for sizes, top_k in chosen]
+        calls += [partial(selection_row, sizes, pattern, repeats) for sizes, pattern in patterns]
+    rows = [call() for call in calls]
     write(options.out / "bench_triton_verify.json", rows, repeats=options.repeats)
     raise SystemExit(0 if all(row["ok"] for row in rows) else 1)
 

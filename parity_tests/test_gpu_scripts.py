@@ -55,20 +55,27 @@ def test_a_log_that_is_cut_short_or_counts_more_is_not_ok():
     assert not sanitize.summary("racecheck", log(errors=3))["ok"]
 
 
-def test_errors_of_other_libraries_count_in_memcheck_only():
+def test_any_other_report_is_not_ok():
     at = "========= {}\n=========     at {}\n=========\n========= ERROR SUMMARY: 1 errors\n"
-    foreign = at.format("Uninitialized __global__ memory read of size 4 bytes", "ampere_dgemm_64x64_nn+0x1f0")
-    ours = at.format("Uninitialized __global__ memory read", "merge_kernel+0x1f0 in triton_decode.py:84")
-    assert sanitize.summary("initcheck", foreign)["ok"]
-    assert not sanitize.summary("initcheck", ours)["ok"]
+    foreign = at.format("Invalid __global__ read of size 4 bytes", "ampere_dgemm_64x64_nn+0x1f0")
+    ours = at.format("Barrier error detected", "merge_kernel+0x1f0 in triton_decode.py:84")
     assert not sanitize.summary("memcheck", foreign)["ok"]
+    assert not sanitize.summary("synccheck", ours)["ok"]
+    assert not sanitize.summary("memcheck", race(KERNEL, KERNEL))["ok"]
 
 
-@pytest.mark.parametrize("mistake", barriers.MISTAKES)
+@pytest.mark.parametrize("mistake", ["", *barriers.MISTAKES])
 def test_a_planted_mistake_is_one_line_less(mistake):
-    changed = barriers.with_mistake(mistake)
-    assert len(changed.splitlines()) == len(LINES) - 1
+    changed = barriers.watched_source(mistake)
+    assert len(changed.splitlines()) == len(LINES) - bool(mistake)
+    assert barriers.WATCHED in changed
     compile(changed, "kernel", "exec")
+
+
+def test_a_line_to_replace_that_is_gone_is_an_error(monkeypatch):
+    monkeypatch.setitem(barriers.MISTAKES, "none", "no such line\n")
+    with pytest.raises(ValueError, match="expected one 'no such line"):
+        barriers.watched_source("none")
 
 
 def test_a_kernel_with_a_mistake_takes_the_kernel_s_place(monkeypatch):
