@@ -1,6 +1,6 @@
-"""One rank of a tensor-parallel Flux model: prints its tokens and routes as a line of JSON.
+"""One rank of tensor-parallel Flux models: writes its tokens and routes of each as JSON.
 
-Run by `mlx.launch` in test_distributed.py: `distributed_worker.py MODEL_DIRECTORY OUT_DIRECTORY`.
+Run by `mlx.launch` in test_distributed.py: `distributed_worker.py OUT_DIRECTORY MODEL_DIRECTORY...`.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ def answers(model) -> list[dict]:
 
 def main() -> None:
     """Write what this rank found."""
-    directory, out = sys.argv[1], Path(sys.argv[2])
-    group = mx.distributed.init()
-    model, _ = sharded_load(directory, tensor_group=group, trust_remote_code=True)
-    found = {"size": group.size(), "heads": model.layers[0].self_attn.n_heads, "answers": answers(model)}
+    out, *directories = map(Path, sys.argv[1:])
+    group, found = mx.distributed.init(), {}
+    for directory in directories:
+        model, _ = sharded_load(str(directory), tensor_group=group, trust_remote_code=True)
+        heads = model.layers[0].self_attn.n_heads
+        found[directory.name] = {"size": group.size(), "heads": heads, "answers": answers(model)}
     (out / f"rank{group.rank()}.json").write_text(json.dumps(found))
 
 
