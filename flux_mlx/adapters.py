@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.utils import load_adapters as stock_load
 
+from flux_mlx.model_directory import read_json
 from flux_mlx.weights import check_safetensors
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapters.safetensors"
 FINE_TUNE_TYPES = ("lora", "dora", "full")
+DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 MAX_SCALE = float(np.finfo(np.float32).max)
 
 
@@ -23,8 +24,8 @@ def check_adapters(directory: str | Path) -> None:
 
     Raises:
         FileNotFoundError: No such directory, or a file of it is not there.
-        ValueError: Settings that mean nothing, a damaged file, or values that are no floats or not finite; the message
-            names the file.
+        ValueError: Settings that mean nothing, a damaged file, or values of another dtype than DTYPES or not finite;
+            the message names the file.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -65,10 +66,7 @@ def _check_config(path: Path) -> None:
     """Refuse settings that mlx-lm would fail on later, or take for something else."""
     if not path.is_file():
         raise FileNotFoundError(f"[load_adapters] no such file: {path}")
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"[load_adapters] {path} is not JSON: {error}") from None
+    config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"[load_adapters] {path} must be a JSON object, got {type(config).__name__}.")
     kind = config.get("fine_tune_type", "lora")
@@ -107,16 +105,16 @@ _SETTINGS = {
 
 
 def _check_tensors(path: Path) -> None:
-    """Refuse a damaged file, an empty one, and tensors that are no floats or not finite."""
+    """Refuse a damaged file, an empty one, and tensors of other dtypes or that are not finite."""
     names, _ = check_safetensors(path)
     if not names:
         raise ValueError(f"[load_adapters] {path} has no tensors.")
     try:
         tensors = mx.load(str(path))
-    except RuntimeError as error:  # dtypes that MLX does not have
+    except (RuntimeError, ValueError) as error:  # dtypes that MLX does not have
         raise ValueError(f"[load_adapters] {path}: {error}") from error
     for name, value in tensors.items():
-        if not mx.issubdtype(value.dtype, mx.floating):
-            raise ValueError(f"[load_adapters] {path}: {name} must be floating point, got {value.dtype}.")
+        if value.dtype not in DTYPES:
+            raise ValueError(f"[load_adapters] {path}: {name} must be one of {DTYPES}, got {value.dtype}.")
         if wrong := value.size - int(mx.isfinite(value).sum()):
             raise ValueError(f"[load_adapters] {path}: {name} has {wrong} values that are not finite.")

@@ -61,6 +61,18 @@ def shim_text() -> str:
     return resources.files("flux_mlx").joinpath("data", SHIM_NAME).read_text("utf-8")
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: It is not JSON, or nested too deeply; the message names it.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"[read_json] {path} is not JSON: {error}") from None
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a model directory.
 
@@ -71,10 +83,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"[read_config] {directory} is no model directory: it has no config.json.")
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"[read_config] {path} is not JSON: {error}") from None
+    config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(f"[read_config] {path} must be a JSON object with a model_type.")
     return config

@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
 from flux_mlx.fingerprint import BLANK, check_stamp, digest_tensors, is_stamped, stamp
-from flux_mlx.model_directory import building, is_flux_config, read_config
+from flux_mlx.model_directory import building, is_flux_config, read_config, read_json
 from flux_mlx.official import is_official, official_settings, two_logits
 from flux_mlx.spec import FluxConfig, RouterConfig, init_weights
 from flux_mlx.spec.config import SETTINGS_KEY
@@ -236,10 +236,7 @@ def check_routers_digest(directory: Path, routers: Routers) -> None:
         ValueError: Other routers, or the index is no JSON.
     """
     path = directory / INDEX_NAME
-    try:
-        index = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"[check_routers_digest] {path} is not JSON: {error}") from None
+    index = read_json(path) if path.is_file() else {}
     metadata = index.get("metadata") if isinstance(index, dict) else None
     expected = metadata.get(DIGEST_KEY) if isinstance(metadata, dict) else None
     if expected is not None and expected != (got := digest_tensors(flatten_routers(routers))):
