@@ -169,20 +169,27 @@ def variants() -> list[tuple[str, str, int, int]]:
     return [("hopper", *size, 0) for size in sizes] + [("portable", *size, b) for size in sizes for b in BLOCK_SIZES]
 
 
+def write_kernel(folder: Path, record: Compiled, code: bytes) -> dict[str, Any]:
+    """Write a kernel's file, compressed; its record in the manifest."""
+    partial = folder / "partial"
+    partial.write_bytes(lzma.compress(code, preset=9 | lzma.PRESET_EXTREME))
+    partial.replace(folder / f"{record.name}.{record.suffix}.xz")
+    return asdict(record) | {"sha256": hashlib.sha256(code).hexdigest()}
+
+
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Write it as JSON."""
+    partial = path.with_name("partial")
+    partial.write_text(json.dumps(manifest, indent=1) + "\n")
+    partial.replace(path)
+
+
 def write(folder: Path) -> None:
     """Export every variant into `folder`: one file each, the manifest last."""
     folder.mkdir(parents=True, exist_ok=True)
-    records = []
-    for variant in variants():
-        record, code = export(*variant)
-        partial = folder / "partial"
-        partial.write_bytes(lzma.compress(code, preset=9 | lzma.PRESET_EXTREME))
-        partial.replace(folder / f"{record.name}.{record.suffix}.xz")
-        records.append(asdict(record) | {"sha256": hashlib.sha256(code).hexdigest()})
+    records = [write_kernel(folder, *export(*variant)) for variant in variants()]
     manifest = {"command": "python -m cuda_reference.export_ptx", "triton": triton.__version__}
-    manifest |= {"sources_sha256": source_hash(), "kernels": records}
-    partial.write_text(json.dumps(manifest, indent=1) + "\n")
-    partial.replace(folder / "manifest.json")
+    write_manifest(folder / "manifest.json", manifest | {"sources_sha256": source_hash(), "kernels": records})
 
 
 def main() -> None:

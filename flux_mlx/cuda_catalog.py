@@ -1,7 +1,6 @@
-"""The CUDA kernels and how they are launched: compiled ones from `data/cuda/manifest.json`, decode from source.
+"""The compiled CUDA kernels in `data/cuda` and how they are launched. Nothing here needs MLX or a GPU.
 
-Prefill is Triton's, compiled by `cuda_reference.export_ptx`; decode is CUDA C++ that MLX compiles on first use, because
-only such kernels are told the strides of a cache. Nothing here needs MLX or a GPU.
+Prefill is Triton's, compiled by `cuda_reference.export_ptx`; decode is CUDA C++, by `cuda_reference.export_decode`.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from flux_mlx.spec import PatternConfig
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)
 DECODE_TOKENS = 8  # longest call that is decoded
-MAX_SPLITS = 128  # kMaxSplits of decode.cuh
+DECODE_ROWS = 8  # kRows of decode.cu: query rows of a block
+DECODE_SLOTS = 1024  # calls that may be under way at once; MLX's graphs hold a tenth
 LOG2_E = 1.4426950408889634
 
+_MANIFESTS = ("manifest.json", "manifest_decode.json")
 _TILE_TOKENS = 128  # rows and keys of the Hopper kernel's tiles
-_SPLIT_KEYS = 32  # keys that a decode block of head dim 128 takes at once
-_DECODE_THREADS = 128
-_WANTED_SPLITS = 64  # at most
-_MAX_ROWS = 8  # of a decode block
+_DECODE_KEYS = 128  # keys that a decode block takes at once
+_MAX_SPLITS = 64
 _BLOCKS_PER_MULTIPROCESSOR = 2
 _INT32_LIMIT = 1 << 31
 
@@ -55,15 +54,15 @@ class Compiled:
 
     Args:
         name: Name of the entry, and of the file.
-        family: "hopper" or "portable".
+        family: "hopper" or "portable" prefill, or "decode".
         dtype: Of q, k, v and out.
         head_dim: D.
-        block_size: The pattern's block size has to be this one; 0: any multiple of 128.
+        block_size: The pattern's block size has to be this one; 0: any multiple of 128; decode takes every one.
         suffix: "cubin" (machine code of one architecture) or "ptx".
         architecture: That of the machine code; of PTX the oldest that takes it.
         inputs, outputs: Pointer parameters in order; the output "scratch" is there if `scratch_bytes` is not 0.
         scalars: (name, "int32" or "float32") of the parameters behind them, in order.
-        rows: Query rows of a tile.
+        rows: Query rows of a tile or block.
         threads: Of a block.
         shared_bytes: Dynamic shared memory of a block.
         scratch_bytes: Global scratch of a block.
@@ -91,49 +90,27 @@ class Compiled:
 
     def takes(self, block_size: int) -> bool:
         """Whether it computes patterns of this block size."""
+        if self.family == "decode":
+            return True
         return block_size == self.block_size if self.block_size else block_size % _TILE_TOKENS == 0
 
 
 @dataclass(frozen=True)
-class Source:
-    """A kernel that MLX compiles: its body is `data/cuda/<name>.cu`, its functions are in `decode.cuh`."""
-
-    name: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-    def header(self) -> str:
-        """CUDA text of the functions."""
-        return _data("decode.cuh").decode()
-
-    def body(self) -> str:
-        """CUDA text of the kernel's body."""
-        return _data(f"{self.name}.cu").decode()
-
-
-@dataclass(frozen=True)
 class Launch:
-    """One launch, but for its input arrays.
+    """One launch, but for its input arrays and late scalars.
 
     Args:
         kernel: What is launched.
         blocks: Blocks along x, y, z.
-        threads: Of a block.
         output_shapes, output_dtypes: In the kernel's order.
-        arguments: (name, value): the scalars of a compiled kernel; the template arguments of a source one, where a
-            string is a dtype's name.
+        arguments: (name, value) of the first scalars; those behind them, which change from call to call, come late.
     """
 
-    kernel: Compiled | Source
+    kernel: Compiled
     blocks: tuple[int, int, int]
-    threads: int
     output_shapes: tuple[Shape, ...]
     output_dtypes: tuple[str, ...]
-    arguments: tuple[tuple[str, Any], ...]
-
-
-DECODE_SPLIT = Source("decode_split", ("q", "k", "v", "route"), ("pieces", "stats"))
-DECODE_MERGE = Source("decode_merge", ("pieces", "stats"), ("out", "lse"))
+    arguments: tuple[tuple[str, int | float], ...]
 
 
 def _data(name: str) -> bytes:
@@ -142,8 +119,8 @@ def _data(name: str) -> bytes:
 
 @cache
 def compiled_kernels() -> tuple[Compiled, ...]:
-    """All of the manifest."""
-    records = json.loads(_data("manifest.json"))["kernels"]
+    """All of the manifests."""
+    records = [record for name in _MANIFESTS for record in json.loads(_data(name))["kernels"]]
     fields = Compiled.__dataclass_fields__
     as_tuples = [{name: _frozen(value) for name, value in record.items() if name in fields} for record in records]
     return tuple(Compiled(**record) for record in as_tuples)
@@ -161,10 +138,11 @@ def code(kernel: Compiled) -> bytes:
 
 @lru_cache
 def find(dtype: str, head_dim: int, block_size: int, device: Device, family: str | None = None) -> Compiled | None:
-    """The first compiled kernel (of `family`, if named) that can compute such a call on `device`; None if none can."""
+    """The first kernel of `family` that can compute such a call on `device`; None if none can. None: any of prefill."""
     for kernel in compiled_kernels():
+        is_asked = kernel.family == family or (family is None and kernel.family != "decode")
         fits = kernel.dtype == dtype and kernel.head_dim == head_dim and kernel.takes(block_size)
-        if fits and kernel.runs_on(device) and family in (None, kernel.family):
+        if is_asked and fits and kernel.runs_on(device):
             return kernel
     return None
 
@@ -238,43 +216,58 @@ def prefill(
     return Launch(
         kernel,
         blocks,
-        kernel.threads,
         tuple(shapes[name] for name in kernel.outputs),
         tuple(dtypes[name] for name in kernel.outputs),
-        tuple((name, _SCALARS[kind](values[name])) for name, kind in kernel.scalars),
+        _arguments(kernel, values),
     )
 
 
-@lru_cache
-def decode_splits(device: Device, q: Shape, kv_heads: int, visible_tokens: int) -> int:
-    """Pieces that the visible keys of a decode call are cut into: two blocks a multiprocessor, at least a step each."""
-    B, HQ, L, D = q
-    rows = HQ // kv_heads * L
-    blocks = B * kv_heads * _ceil_div(rows, decode_rows(rows))
-    wanted = max(1, min(_WANTED_SPLITS, _BLOCKS_PER_MULTIPROCESSOR * device.multiprocessors // blocks))
-    step = _SPLIT_KEYS * 128 // D
-    piece = _ceil_div(_ceil_div(visible_tokens, wanted), step) * step
-    return _ceil_div(visible_tokens, piece)
+def _arguments(kernel: Compiled, values: dict[str, Any]) -> tuple[tuple[str, int | float], ...]:
+    """The kernel's scalars among `values`, in its order, as MLX takes them."""
+    return tuple((name, _SCALARS[kind](values[name])) for name, kind in kernel.scalars if name in values)
 
 
-def decode_rows(query_rows: int) -> int:
-    """Rows of a decode block: the next power of two, 8 at most."""
-    return min(_MAX_ROWS, 1 << (query_rows - 1).bit_length())
+def decode_groups(q: Shape, kv_heads: int) -> int:
+    """Groups of up to 8 query rows that share a KV head; each takes tickets of its own."""
+    B, HQ, L, _ = q
+    return B * kv_heads * _ceil_div(HQ // kv_heads * L, DECODE_ROWS)
+
+
+def decode_splits(device: Device, groups: int, visible_tokens: int) -> int:
+    """Pieces of the visible keys: as many blocks as run at once, but none takes less than all its warps do at once."""
+    most = max(1, _BLOCKS_PER_MULTIPROCESSOR * device.multiprocessors // groups)
+    return min(_MAX_SPLITS, most, _ceil_div(visible_tokens, _DECODE_KEYS))
 
 
 @lru_cache
 def decode(
-    q: Shape, kv_heads: int, dtype: str, pattern: PatternConfig, scale: float, splits: int
-) -> tuple[Launch, Launch]:
-    """Launches of split and merge; q as in `prefill`. The same at every length of the cache."""
-    B, HQ, L, D = q
-    rows = decode_rows(HQ // kv_heads * L)
-    (scale_bits,) = struct.unpack("<i", struct.pack("<f", scale))
-    sizes = {"D": D, "ROWS": rows, "BLOCK": pattern.block_size, "SINK": pattern.sink_span}
-    sizes |= {"WINDOW": pattern.window_blocks, "SCALE_BITS": scale_bits}
-    blocks = (kv_heads * _ceil_div(HQ // kv_heads * L, rows), B, splits)
-    pieces = ((B, HQ, L, splits, D), (B, HQ, L, splits, 2))
-    dtypes = ("float32", "float32")
-    split = Launch(DECODE_SPLIT, blocks, _DECODE_THREADS, pieces, dtypes, (("T", dtype), *sizes.items()))
-    outputs = ((B, L, HQ, D), (B, HQ, L)), (dtype, "float32")
-    return split, Launch(DECODE_MERGE, (B * HQ * L, 1, 1), D, *outputs, (("T", dtype), ("D", D)))
+    kernel: Compiled, device: Device, q: Shape, k: Shape, pattern: PatternConfig, scale: float, visible_tokens: int
+) -> Launch:
+    """Launch of the decode kernel; `kv_tokens` and `slot` are its late scalars.
+
+    Args:
+        q: `[B, HQ, L, D]`; the kernel reads q and writes out as dense `[B, L, HQ, D]`.
+        k: `[B, HKV, capacity, D]`.
+        pattern: Sink and window of SPARSE rows.
+        visible_tokens: Keys that the queries of a row see at most.
+    """
+    (B, HQ, L, D), (HKV, capacity) = q, k[1:3]
+    groups = decode_groups(q, HKV)
+    splits = decode_splits(device, groups, visible_tokens)
+    values = {
+        "kv_heads": HKV, "group": HQ // HKV, "q_tokens": L, "capacity": capacity, "block_size": pattern.block_size,
+        "window_blocks": pattern.window_blocks, "sink_span": pattern.sink_span, "scale": scale,
+    }  # fmt: skip
+    work = lse_offset(q, HKV, splits) + B * HQ * L
+    return Launch(
+        kernel,
+        (splits, groups // B, B),
+        ((B, L, HQ * D), (_ceil_div(work, 4) * 4,)),
+        (kernel.dtype, "float32"),
+        _arguments(kernel, values),
+    )
+
+
+def lse_offset(q: Shape, kv_heads: int, splits: int) -> int:
+    """Where lse `[B, HQ, L]` begins in a decode launch's second output, in elements: behind the parts of all splits."""
+    return decode_groups(q, kv_heads) * splits * DECODE_ROWS * (q[3] + 2)

@@ -1,28 +1,31 @@
 """The CUDA kernels as functions of MLX arrays. Which calls should use them is said by `flux_mlx.kernel_policy`.
 
 Layout `[B, H, L, D]`; keys are positions 0..S-1, queries the last L of them. Nothing here waits for the device: the
-route of each batch row is read by the kernels. `run` is the launcher; the default needs MLX's CUDA backend, the tests
+route of each batch row is read by the kernels. `run` prepares a launch; the default needs MLX's CUDA backend, the tests
 pass one that executes the kernels on the host.
 
 Prefill reads k and v in place where they are dense, as a whole cache buffer is, and MLX copies them where they are not;
 so a cache gives its buffer and `kv_tokens` rather than a slice. It reads q and writes out as dense `[B, L, HQ, D]`, as
-projections leave and take them. Decode reads any view in place.
+projections leave and take them. So does decode, of up to 8 queries: one kernel, of which `decoder` is the form that
+costs the host least.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
 import mlx.core as mx
 
 from flux_mlx import cuda_catalog, streaming
-from flux_mlx.cuda_catalog import Device, Launch, Source
+from flux_mlx.cuda_catalog import Device, Launch
 from flux_mlx.spec import PatternConfig, Route
 
-Run = Callable[[Launch, list[mx.array]], list[mx.array]]
+Prepared = Callable[[list[mx.array], Sequence[int]], list[mx.array]]  # of input arrays and late scalars: the outputs
+Run = Callable[[Launch], Prepared]
 
 FAMILIES = {"cuda": None, "cuda-portable": "portable"}  # compiled kernels that an `impl` allows; None: any
 CACHE_STEP_TOKENS = 256  # stock caches grow by so many tokens; one that is full is dense
@@ -61,20 +64,8 @@ def _driver_facts() -> dict[str, int]:
     return facts
 
 
-@cache
-def _source_kernel(source: Source) -> Any:
-    return mx.fast.cuda_kernel(
-        name=f"flux_{source.name}",
-        input_names=list(source.inputs),
-        output_names=list(source.outputs),
-        header=source.header(),
-        source=source.body(),
-        ensure_row_contiguous=False,
-    )
-
-
-def cuda_run(launch: Launch, inputs: list[mx.array]) -> list[mx.array]:
-    """Launch a kernel on the CUDA device.
+def cuda_run(launch: Launch) -> Prepared:
+    """Prepare a launch on the CUDA device.
 
     Raises:
         RuntimeError: There is no CUDA device.
@@ -83,24 +74,18 @@ def cuda_run(launch: Launch, inputs: list[mx.array]) -> list[mx.array]:
     if not is_available():
         raise RuntimeError(f'[{kernel.name}] impl="cuda" needs MLX with a CUDA device, and there is none.')
     x, y, z = launch.blocks
-    sizes = {
-        "grid": (x * launch.threads, y, z),
-        "threadgroup": (launch.threads, 1, 1),
+    options = {
+        "name": kernel.name,
+        "compiled_source": cuda_catalog.code(kernel),
         "output_shapes": list(launch.output_shapes),
         "output_dtypes": [getattr(mx, name) for name in launch.output_dtypes],
+        "grid": (x * kernel.threads, y, z),
+        "threadgroup": (kernel.threads, 1, 1),
+        "shared_memory": kernel.shared_bytes,
+        "ensure_row_contiguous": True,
     }
-    if isinstance(kernel, Source):
-        template = [(name, getattr(mx, v) if isinstance(v, str) else v) for name, v in launch.arguments]
-        return _source_kernel(kernel)(inputs=inputs, template=template, **sizes)
-    return mx.fast.precompiled_cuda_kernel(
-        name=kernel.name,
-        compiled_source=cuda_catalog.code(kernel),
-        inputs=inputs,
-        scalars=[value for _, value in launch.arguments],
-        shared_memory=kernel.shared_bytes,
-        ensure_row_contiguous=True,
-        **sizes,
-    )
+    scalars, call = [value for _, value in launch.arguments], mx.fast.precompiled_cuda_kernel
+    return lambda inputs, late=(): call(inputs=inputs, scalars=[*scalars, *late], **options)
 
 
 @cache
@@ -109,6 +94,18 @@ def _route_codes(codes: tuple[int, ...]) -> mx.array:
     route = mx.array(codes, mx.int32) + 0
     mx.eval(route)
     return route
+
+
+@cache
+def _tickets(groups: int) -> tuple[mx.array, Iterator[int]]:
+    """What decode's blocks count in: zeros of `DECODE_SLOTS` slots, and the slots in turn.
+
+    MLX may run calls that do not depend on each other at once, so each gets another slot; a graph of MLX holds about a
+    hundred calls, and graphs run one after the other.
+    """
+    zeros = mx.zeros(cuda_catalog.DECODE_SLOTS * groups, mx.int32) + 0
+    mx.eval(zeros)
+    return zeros, itertools.cycle(range(cuda_catalog.DECODE_SLOTS))
 
 
 _NAMES = {getattr(mx, name): name for name in cuda_catalog.DTYPES}
@@ -132,6 +129,11 @@ def refusal(
     return shape_refusal(tuple(q.shape), tuple(k.shape), _dtype_name(q) or str(q.dtype), pattern, family)
 
 
+def _family_for(q_tokens: int, family: str | None) -> str | None:
+    """Which kernels take a call of so many queries."""
+    return "decode" if q_tokens <= cuda_catalog.DECODE_TOKENS else family
+
+
 def shape_refusal(
     q: tuple[int, ...], k: tuple[int, ...], dtype: str, pattern: PatternConfig, family: str | None = None
 ) -> str:
@@ -141,9 +143,7 @@ def shape_refusal(
         return f"expected dtype {' or '.join(cuda_catalog.DTYPES)}, got {dtype}"
     if D not in cuda_catalog.HEAD_DIMS or k[0] != B or HQ % k[1] or k[3] != D:
         return f"expected q [B, HQ, L, D] and k [B, HKV, S, D] with D of {cuda_catalog.HEAD_DIMS}, got {q} and {k}"
-    if L <= cuda_catalog.DECODE_TOKENS:
-        return "" if device().major >= 8 else f"expected compute capability 8.0 or newer, got {device()}"
-    kernel = cuda_catalog.find(dtype, D, pattern.block_size, device(), family)
+    kernel = cuda_catalog.find(dtype, D, pattern.block_size, device(), _family_for(L, family))
     if kernel is None:
         return f"no compiled kernel for block size {pattern.block_size} on compute capability {device().major}"
     if kernel.family == "portable" and not cuda_catalog.fits_int32(q, k):
@@ -162,7 +162,7 @@ def full_attention(
         v: As k.
         scale: Multiplier of the scores, D**-0.5 by default.
         kv_tokens: S: keys in use; all of the buffer by default.
-        options: `family`, `splits` and `run` as in `routed_attention`.
+        options: `family` and `run` as in `routed_attention`.
 
     Returns:
         (out `[B, HQ, L, D]`, lse float32 `[B, HQ, L]`, natural log).
@@ -207,16 +207,14 @@ def routed_attention(
     scale: float | None = None,
     kv_tokens: int | None = None,
     family: str | None = None,
-    splits: int | None = None,
     run: Run = cuda_run,
 ) -> tuple[mx.array, mx.array]:
     """Full or sparse attention by the route of each batch row, read by the kernel: no host synchronisation.
 
     Args:
         route: int32 `[B]`, codes of `flux_mlx.spec.Route`, or a tuple of B of them, or of one for all rows.
-        family: "hopper" or "portable": which compiled kernels; the first that fits by default.
-        splits: Pieces of a call of up to 8 queries; chosen from the visible keys by default.
-        run: Launcher.
+        family: "hopper" or "portable": which kernels of prefill; the first that fits by default.
+        run: Prepares the launch.
         The others, the results and the errors as in `sparse_attention`.
     """
     if problem := refusal(q, k, v, pattern, prompt_tokens, family):
@@ -230,12 +228,11 @@ def routed_attention(
     if isinstance(route, tuple):
         route = _route_codes(route * q.shape[0] if len(route) == 1 else route)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if q.shape[2] <= cuda_catalog.DECODE_TOKENS:
-        k, v = k[:, :, :tokens], v[:, :, :tokens]
-        return _decode(q, k, v, route, pattern, scale, is_sparse, splits, run)
     if is_sparse and _is_worth_compacting(tokens, k.shape[2], q.shape[2], pattern):
         k, v = (streaming.compact(x[:, :, :tokens], pattern, q.shape[2]) for x in (k, v))
         tokens = k.shape[2]
+    if q.shape[2] <= cuda_catalog.DECODE_TOKENS:
+        return _decode(q, k, v, route, pattern, scale, tokens, is_sparse, run)
     return _prefill(q, k, v, route, pattern, scale, tokens, is_sparse, family, run)
 
 
@@ -252,7 +249,7 @@ def decoder(
         dtype_name: "bfloat16" or "float16".
         pattern, scale: As in `sparse_attention`.
         route: Of all rows, or of each.
-        run: Launcher.
+        run: Prepares the launch.
 
     Returns:
         A function of q `[B, HQ, L, D]`, the buffers k and v, and kv_tokens: out `[B, L, HQ * D]`.
@@ -260,22 +257,23 @@ def decoder(
     Raises:
         ValueError: No kernel takes such calls on this device.
     """
-    (B, HQ, L, D), kv_heads = q_shape, k_shape[1]
-    if problem := shape_refusal(q_shape, k_shape, dtype_name, pattern):
-        raise ValueError(f"[decoder] {problem}.")
+    B, _, L, _ = q_shape
     if L > cuda_catalog.DECODE_TOKENS:
         raise ValueError(f"[decoder] expected up to {cuda_catalog.DECODE_TOKENS} queries, got {L}.")
+    if problem := shape_refusal(q_shape, k_shape, dtype_name, pattern):
+        raise ValueError(f"[decoder] {problem}.")
     codes = tuple(int(code) for code in route) if isinstance(route, tuple) else (int(route),) * B
     is_sparse = set(codes) == {int(Route.SPARSE)}
+    prepared = run(_decode_launch(q_shape, k_shape, dtype_name, pattern, scale, k_shape[2], is_sparse))
+    codes, (tickets, slots) = _route_codes(codes), _tickets(cuda_catalog.decode_groups(q_shape, k_shape[1]))
 
-    def decode(q: mx.array, k: mx.array, v: mx.array, kv_tokens: int) -> mx.array:
-        visible = min(kv_tokens, pattern.window_span + pattern.sink_span + L) if is_sparse else kv_tokens
-        splits = cuda_catalog.decode_splits(device(), q_shape, kv_heads, visible)
-        split, merge = cuda_catalog.decode(q_shape, kv_heads, dtype_name, pattern, scale, splits)
-        out, _ = run(merge, run(split, [q, k[:, :, :kv_tokens], v[:, :, :kv_tokens], _route_codes(codes)]))
-        return out.reshape(B, L, HQ * D)
+    def decode_one(q: mx.array, k: mx.array, v: mx.array, kv_tokens: int) -> mx.array:
+        return prepared([q, k, v, codes, tickets], (kv_tokens, next(slots)))[0]
 
-    return decode
+    def decode_some(q: mx.array, k: mx.array, v: mx.array, kv_tokens: int) -> mx.array:
+        return decode_one(q.swapaxes(1, 2), k, v, kv_tokens)
+
+    return decode_one if L == 1 else decode_some
 
 
 def _is_worth_compacting(tokens: int, capacity: int, q_tokens: int, pattern: PatternConfig) -> bool:
@@ -291,21 +289,27 @@ def _prefill(
     kernel = cuda_catalog.find(_dtype_name(q), q.shape[3], pattern.block_size, device(), family)
     shapes = tuple(q.shape), tuple(k.shape)
     launch = cuda_catalog.prefill(kernel, device(), *shapes, kv_tokens, pattern, scale, may_be_full=not is_sparse)
-    out, lse = run(launch, [q.swapaxes(1, 2), k, v, route])[:2]
+    out, lse = run(launch)([q.swapaxes(1, 2), k, v, route], ())[:2]
     return out.swapaxes(1, 2), lse
+
+
+def _decode_launch(
+    q: tuple[int, ...], k: tuple[int, ...], dtype: str, pattern: PatternConfig, scale: float, kv_tokens: int,
+    is_sparse: bool,
+) -> Launch:  # fmt: skip
+    kernel = cuda_catalog.find(dtype, q[3], pattern.block_size, device(), "decode")
+    span = pattern.window_span + pattern.sink_span + q[2] - 1  # of all L queries
+    visible = min(kv_tokens, span) if is_sparse else kv_tokens
+    return cuda_catalog.decode(kernel, device(), q, k, pattern, scale, visible)
 
 
 def _decode(
-    q: mx.array, k: mx.array, v: mx.array, route: mx.array, pattern: PatternConfig, scale: float, is_sparse: bool,
-    splits: int | None, run: Run,
+    q: mx.array, k: mx.array, v: mx.array, route: mx.array, pattern: PatternConfig, scale: float, kv_tokens: int,
+    is_sparse: bool, run: Run,
 ) -> tuple[mx.array, mx.array]:  # fmt: skip
-    shape, kv_heads = tuple(q.shape), k.shape[1]
-    span = pattern.window_span + pattern.sink_span + q.shape[2]  # of all L queries
-    visible = min(k.shape[2], span) if is_sparse else k.shape[2]
-    if splits is None:
-        splits = cuda_catalog.decode_splits(device(), shape, kv_heads, visible)
-    elif not 1 <= splits <= cuda_catalog.MAX_SPLITS:
-        raise ValueError(f"[cuda_kernels] expected splits from 1 to {cuda_catalog.MAX_SPLITS}, got {splits}.")
-    split, merge = cuda_catalog.decode(shape, kv_heads, _dtype_name(q), pattern, scale, splits)
-    out, lse = run(merge, run(split, [q, k, v, route]))
-    return out.swapaxes(1, 2), lse
+    (B, HQ, L, D), kv_heads = q.shape, k.shape[1]
+    launch = _decode_launch(tuple(q.shape), tuple(k.shape), _dtype_name(q), pattern, scale, kv_tokens, is_sparse)
+    tickets, slots = _tickets(cuda_catalog.decode_groups(tuple(q.shape), kv_heads))
+    out, work = run(launch)([q.swapaxes(1, 2), k, v, route, tickets], (kv_tokens, next(slots)))
+    low = cuda_catalog.lse_offset(tuple(q.shape), kv_heads, launch.blocks[0])
+    return out.reshape(B, L, HQ, D).swapaxes(1, 2), work[low : low + B * HQ * L].reshape(B, HQ, L)

@@ -64,21 +64,20 @@ def cuda_variant_of(
     """The CUDA variant that a sparse call needs; None if no kernel of `backend` takes it on this GPU."""
     if cuda_kernels.refusal(q, k, v, pattern, prompt_tokens, cuda_kernels.FAMILIES[backend]):
         return None
-    rows = cuda_catalog.decode_rows(q.shape[1] // k.shape[1] * q.shape[2])
-    is_decode = q.shape[2] <= cuda_catalog.DECODE_TOKENS
-    return _cuda_variant(kernels.dtype_name(q), q.shape[3], rows if is_decode else 0, backend, pattern)
+    operation = "decode" if q.shape[2] <= cuda_catalog.DECODE_TOKENS else "prefill"
+    return _cuda_variant(operation, kernels.dtype_name(q), q.shape[3], backend, pattern)
 
 
 @cache
-def _cuda_variant(dtype: str, head_dim: int, decode_rows: int, backend: str, pattern: PatternConfig) -> Variant:
-    """The variant of prefill (no rows), or of decode: its self-test has the call's own window unless that is long."""
+def _cuda_variant(operation: str, dtype: str, head_dim: int, backend: str, pattern: PatternConfig) -> Variant:
+    """The variant of prefill, or of decode: its self-test has the call's own window unless that is long."""
     block = pattern.block_size
     small = PatternConfig(block_size=block, sink_tokens=block, window_tokens=2 * block)
-    if not decode_rows:
-        return Variant("prefill", dtype, head_dim, backend=backend, pattern=small)
+    if operation == "prefill":
+        return Variant(operation, dtype, head_dim, backend=backend, pattern=small)
     is_short = pattern.sink_span + pattern.window_span <= _LONGEST_TEST_TOKENS
     own = PatternConfig(block_size=block, sink_tokens=pattern.sink_span, window_tokens=pattern.window_span)
-    return Variant("decode", dtype, head_dim, decode_rows, backend, own if is_short else small)
+    return Variant(operation, dtype, head_dim, backend=backend, pattern=own if is_short else small)
 
 
 def choose(q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None = None) -> str:

@@ -17,6 +17,7 @@ from flux_mlx.spec import PatternConfig, Route
 TOLERANCE = {"float32": 2e-4, "float16": 5e-3, "bfloat16": 4e-2}
 _KV_TOKENS = 171
 _PATTERN = PatternConfig(block_size=48, sink_tokens=20, window_tokens=40)
+_ROUTES = (int(Route.FULL), int(Route.SPARSE))  # of the batch rows of a CUDA case
 _BLOCKS = PatternConfig(name="xattention", block_size=48, stride=4, threshold=0.6)
 
 
@@ -28,7 +29,7 @@ class Variant:
         operation: "prefill" (streaming or triangle), "decode" (up to 8 queries), "blocks" (xattention's prefill).
         dtype: Dtype name of q, k and v.
         head_dim: D.
-        rows: Query rows of a threadgroup or block that share a KV head (decode; 1 elsewhere).
+        rows: Metal: query rows of a threadgroup that share a KV head (decode; 1 elsewhere).
         backend: The `impl` that calls of this kernel name.
         pattern: CUDA: what the case is masked by, for kernels are compiled for a pattern.
     """
@@ -106,21 +107,35 @@ def _tensors(variant: Variant, batch: int, q_heads: int, q_tokens: int, kv_token
 
 
 def _cuda_error(variant: Variant, run: Any) -> float:
-    """Largest error of outputs and lse: one batch row is FULL and one SPARSE, in one call."""
-    pattern, scale = variant.pattern, variant.head_dim**-0.5
+    """Largest error of outputs and lse: one batch row is FULL and one SPARSE, in one call.
+
+    Decode is called as models call it, too: one query, whole buffers, NaN behind the keys in use.
+    """
+    pattern, is_decode = variant.pattern, variant.operation == "decode"
     kv_tokens = pattern.sink_span + pattern.window_span + pattern.block_size + 37
-    group, q_tokens = (variant.rows, 1) if variant.operation == "decode" else (2, kv_tokens - 50)
-    q, k, v = _tensors(variant, 2, group, q_tokens, kv_tokens)
-    route = (int(Route.FULL), int(Route.SPARSE))
+    q, k, v = _tensors(variant, 2, 4 if is_decode else 2, 3 if is_decode else kv_tokens - 50, kv_tokens)
     options = {"kv_tokens": kv_tokens, "family": cuda_kernels.FAMILIES[variant.backend], "run": run}
-    results = cuda_kernels.routed_attention(q, k, v, route, pattern, **options)
-    masks = [spec.visible_mask(rule, q_tokens, kv_tokens) for rule in (_dense(kv_tokens), pattern)]
-    arrays = [np.array(x.astype(mx.float32)) for x in (q, k[:, :, :kv_tokens], v[:, :, :kv_tokens])]
-    pairs = []
-    for row, mask in enumerate(masks):
-        expected = spec.masked_attention(*(x[row : row + 1] for x in arrays), mask, scale)
-        pairs += [(got[row : row + 1], want) for got, want in zip(results, expected, strict=True)]
+    results = cuda_kernels.routed_attention(q, k, v, _ROUTES, pattern, **options)
+    expected = _expected_by_row(q, k, v, kv_tokens, pattern)
+    pairs = list(zip(results, expected, strict=True))
+    if is_decode:
+        last, scale = q[:, :, -1:], variant.head_dim**-0.5
+        key = tuple(last.shape), tuple(k.shape), variant.dtype, pattern, scale, _ROUTES
+        out = cuda_kernels.decoder(*key, run)(last, k, v, kv_tokens)
+        pairs.append((out, expected[0][:, :, -1].reshape(out.shape)))
     return _largest_error(pairs)
+
+
+def _expected_by_row(
+    q: mx.array, k: mx.array, v: mx.array, kv_tokens: int, pattern: PatternConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """(out, lse) by the specification, batch row by batch row as `_ROUTES` says."""
+    arrays = [np.array(x.astype(mx.float32)) for x in (q, k[:, :, :kv_tokens], v[:, :, :kv_tokens])]
+    rules = [pattern if route == Route.SPARSE else _dense(kv_tokens) for route in _ROUTES]
+    masks = [spec.visible_mask(rule, q.shape[2], kv_tokens) for rule in rules]
+    rows = [[x[row : row + 1] for x in arrays] for row in range(len(masks))]
+    found = [spec.masked_attention(*row, mask, q.shape[3] ** -0.5) for row, mask in zip(rows, masks, strict=True)]
+    return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
 
 
 def _dense(kv_tokens: int) -> PatternConfig:

@@ -1,17 +1,20 @@
 // Reads a job file, runs the kernel over its grid, writes the outputs. Included after the kernel's text and
 // `flux_entry`, which calls the kernel with buffers[0], buffers[1], ... in Metal's order.
 //
-// Job: uint32 schedule, seed, grid[3] and threadgroup[3] in threads, buffer count; for each buffer uint32 output and
-// uint64 bytes; then the bytes of the inputs. Result: uint64 bytes of threadgroup memory, then the outputs.
+// Job: uint32 schedule, seed, grid[3] and threadgroup[3] in threads, buffer count; for each buffer uint32 use (0 input,
+// 1 output, 2 both) and uint64 bytes; then the bytes of the inputs. Result: uint64 bytes of threadgroup memory, then the
+// outputs.
 // Outputs start as NaN (0xff in every byte). Exit code 3: an error of the kernel, said on stderr.
 #pragma once
+
+#include <utility>
 
 struct JobHeader {
   uint32_t schedule, seed, grid[3], threads[3], buffers;
 };
 
 struct JobBuffer {
-  uint32_t output, padding;
+  uint32_t use, padding;
   uint64_t bytes;
 };
 
@@ -37,8 +40,11 @@ static void flux_run_grid(const JobHeader& job) {
     tg.groups[axis] = job.grid[axis] / job.threads[axis];
   }
   const uint32_t groups = tg.groups[0] * tg.groups[1] * tg.groups[2];
-  for (uint32_t i = 0; i < groups; i++) {
-    const uint32_t group = tg.schedule == lockstep::Schedule::behind ? groups - 1 - i : i;
+  std::vector<uint32_t> order(groups);
+  for (uint32_t i = 0; i < groups; i++) order[i] = tg.schedule == lockstep::Schedule::behind ? groups - 1 - i : i;
+  if (tg.schedule == lockstep::Schedule::shuffled)
+    for (uint32_t i = groups; i > 1; i--) std::swap(order[i - 1], order[lockstep::draw(i)]);
+  for (const uint32_t group : order) {
     tg.position[0] = group % tg.groups[0];
     tg.position[1] = group / tg.groups[0] % tg.groups[1];
     tg.position[2] = group / tg.groups[0] / tg.groups[1];
@@ -56,7 +62,7 @@ int main(int argc, char** argv) {
   flux_read(file, buffers.data(), buffers.size() * sizeof(JobBuffer));
   for (uint32_t i = 0; i < job.buffers; i++) flux_buffers[i] = lockstep::guarded_alloc(buffers[i].bytes, 0xff);
   for (uint32_t i = 0; i < job.buffers; i++)
-    if (!buffers[i].output) flux_read(file, flux_buffers[i], buffers[i].bytes);
+    if (buffers[i].use != 1) flux_read(file, flux_buffers[i], buffers[i].bytes);
   std::fclose(file);
   flux_run_grid(job);
   file = std::fopen(argv[2], "wb");
@@ -64,6 +70,6 @@ int main(int argc, char** argv) {
   const uint64_t scratch_bytes = lockstep::tg.scratch_bytes;
   std::fwrite(&scratch_bytes, sizeof scratch_bytes, 1, file);
   for (uint32_t i = 0; i < job.buffers; i++)
-    if (buffers[i].output) std::fwrite(flux_buffers[i], 1, buffers[i].bytes, file);
+    if (buffers[i].use) std::fwrite(flux_buffers[i], 1, buffers[i].bytes, file);
   return std::fclose(file) ? 1 : 0;
 }

@@ -58,7 +58,8 @@ constexpr size_t kStackBytes = 128 * 1024;
 #endif
 
 // fair: SIMD-groups take turns, operation by operation. ahead, behind: the first (last) SIMD-group that can go on runs
-// until it waits for the others, lanes ascending (descending; threadgroups too). shuffled: random at every choice.
+// until it waits for the others, lanes ascending (descending; threadgroups too). shuffled: random at every choice,
+// threadgroups in random order.
 enum class Schedule : uint32_t { fair, ahead, behind, shuffled };
 
 [[noreturn]] inline void fail(const char* what) {
