@@ -8,6 +8,8 @@ KV cache and an `ArraysCache`; so everything that the router remembers of a row 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -19,21 +21,29 @@ from flux_mlx.spec import PatternConfig, Route
 from flux_mlx.window_cache import WindowKVCache
 
 
+@lru_cache
+def _blank(head_dim: int, pool_tokens: int) -> tuple[mx.array, ...]:
+    """The arrays of a row of which nothing is known. Caches share them: arrays are replaced, not written."""
+    pool = mx.zeros((1, pool_tokens, head_dim), mx.float32)
+    arrays = (mx.zeros((1, len(Counter)), mx.int32), pool, pool)
+    mx.eval(arrays)
+    return arrays
+
+
 class CacheList(RouterState, StockCacheList):
     """Routed cache of one layer. Named as its stock base, because saved caches are loaded by class name."""
 
     _padding: list[int] | None = None  # left padding of a batch's rows on the host; None: read it again
     pinned: int | None = None  # prompt tokens of the exact prefill under way: no call routes anew
+    decoder_key: tuple[int, int] | None = None  # (L, capacity) that `decoder` is for
+    decoder: Callable[..., mx.array] | None = None  # a prepared kernel for short sparse calls
     drops_early = False  # in it, keys that a sparse layer sees no more may go at once
 
     @classmethod
     def new(cls, head_dim: int, pool_tokens: int) -> CacheList:
         """An empty cache for one row."""
         state = ArraysCache(3)
-        state[0] = mx.zeros((1, len(Counter)), mx.int32)
-        state[1] = mx.zeros((1, pool_tokens, head_dim), mx.float32)
-        state[2] = mx.zeros((1, pool_tokens, head_dim), mx.float32)
-        mx.eval(state.cache)
+        state.cache = list(_blank(head_dim, pool_tokens))
         return cls(KVCache(), state)
 
     @staticmethod
@@ -88,15 +98,14 @@ class CacheList(RouterState, StockCacheList):
         """Whether `trim(n)` is possible."""
         return self.kv.can_trim(n) if self.is_evicted else self.is_trimmable()
 
-    def snapshot(self) -> tuple[int, Any, list[mx.array]]:
+    def snapshot(self) -> tuple[int, Any, list[mx.array], dict[str, Any]]:
         """What `restore` needs, to come back here after more tokens of one row."""
-        self._flush()
         kv = copy.deepcopy(self.kv) if self.is_evicted else None  # small; other caches are cut back instead
-        return self.offset, kv, list(self.caches[1].cache)
+        return self.offset, kv, list(self.caches[1].cache), self._copied()
 
-    def restore(self, snapshot: tuple[int, Any, list[mx.array]]) -> None:
+    def restore(self, snapshot: tuple[int, Any, list[mx.array], dict[str, Any]]) -> None:
         """Come back to `snapshot`: later tokens are dropped, the router's state and the route are those of then."""
-        offset, kv, arrays = snapshot
+        offset, kv, arrays, known = snapshot
         if self.is_evicted:
             kv = kv or KVCache()  # keys are dropped within a prefill only if it began with none
         else:
@@ -104,7 +113,7 @@ class CacheList(RouterState, StockCacheList):
         self.caches = (kv or self.kv, self.caches[1])
         self.caches[1].cache = list(arrays)
         self.pinned, self.drops_early = None, False
-        self._forget()
+        self._restored(known)
 
     @property
     def is_evicted(self) -> bool:
@@ -113,7 +122,7 @@ class CacheList(RouterState, StockCacheList):
 
     def evict(self, pattern: PatternConfig) -> None:
         """Keep the keys of sink and window only, now and from now on, if there are more in a stock cache of one row."""
-        if type(self.kv) is KVCache and self.kv.offset > pattern.dense_tokens and len(self._rows) == 1:
+        if type(self.kv) is KVCache and self.kv.offset > pattern.dense_tokens and self.rows_held == 1:
             self.caches = (WindowKVCache.of(self.kv, pattern), self.caches[1])
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> CacheList:
@@ -129,7 +138,7 @@ class CacheList(RouterState, StockCacheList):
         """The rows' left padding on the host; zeros for a KV cache without padding."""
         if self._padding is None:
             padding = getattr(self.kv, "left_padding", None)
-            self._padding = [0] * len(self._rows) if padding is None else padding.tolist()
+            self._padding = [0] * self.rows_held if padding is None else padding.tolist()
         return self._padding
 
     def widen(self, rows: int) -> None:
@@ -138,7 +147,7 @@ class CacheList(RouterState, StockCacheList):
         Raises:
             ValueError: The cache holds another number of rows than `rows`, and more than one.
         """
-        held = len(self._rows)
+        held = self.rows_held
         if rows == held:
             return
         if self.is_evicted:
@@ -193,8 +202,9 @@ class CacheList(RouterState, StockCacheList):
 
     def prepare(self, **kwargs) -> None:
         """Announce right padding: short calls are to be looked at again."""
+        self._catch_up()
         super().prepare(**kwargs)
-        self.is_idle = False
+        self.wake()
 
     def finalize(self) -> None:
         """End the right padding that `prepare` announced."""

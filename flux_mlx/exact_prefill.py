@@ -295,6 +295,7 @@ def _prefill_layer(
     evicts = routed and attn.evicts and entry.offset == 0  # an interrupted prefill must find older keys again
     left = sum(chunk.shape[1] for chunk in chunks)
     if routed:
+        entry.wake()
         entry.pinned, entry.drops_early = entry.offset + left + 1, evicts and attn.flux.pattern.name == "streaming"
         _route_layer(layer, entry, hidden)
         if not attn.is_dense(entry, left):

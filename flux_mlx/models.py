@@ -169,6 +169,7 @@ def _apply(model: nn.Module, config: FluxConfig, fresh: bool) -> nn.Module:
         attn.pooled_dim = head_dim(attn)
         attn.router = LayerRouter(attn.pooled_dim, config.router, seed=i if fresh else None)
         attn.flux = config
+        attn.layer_index = i
     model.__class__ = _mixed(FluxModel, type(model))
     model.flux = config
     model.flux_show = _switched_on("FLUX_MLX_SHOW_ROUTES")

@@ -7,20 +7,24 @@ keeps its projections, norms and rotary embedding: `flux_mlx.families` is that s
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.models.base import scaled_dot_product_attention
+from mlx_lm.models.cache import KVCache
 
+from flux_mlx import cuda_kernels, kernel_policy, kernels
 from flux_mlx.attention import sparse_attention
 from flux_mlx.cache import CacheList
 from flux_mlx.families import project, project_queries, rotate
 from flux_mlx.router import decide, is_sparse, pool_queries
+from flux_mlx.router_state import RESTLESS
 from flux_mlx.router_training import Samples, attend_training
-from flux_mlx.spec import Route
+from flux_mlx.spec import PatternConfig, Route
 from flux_mlx.streaming import compact
+from flux_mlx.window_cache import WindowKVCache
 
 
 class RoutedAttention:
@@ -34,13 +38,19 @@ class RoutedAttention:
         group: The ranks that share the layer's heads, or None.
         evicts: Whether caches of this layer drop, once it is sparse, what it no longer sees.
         samples: Of the training step, if the router is to be trained (`flux_mlx.router_training`); else None.
+        layer_index: Of the model's layers.
     """
 
+    layer_index = 0
     group: mx.distributed.Group | None = None
     evicts = False
     samples: Samples | None = None
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        if isinstance(cache, CacheList) and cache.calm is self.forced:
+            B, L, _ = x.shape
+            if B == 1 and self.flux.router.min_prefill_tokens > L:
+                return self.decode(x, L, mask, cache)
         if cache is None and not self.training and self.forced != Route.FULL:
             return self.attend_uncached(x, mask)
         if cache is None and self.training and self.samples is not None and self.forced is None:
@@ -53,6 +63,21 @@ class RoutedAttention:
             return super().__call__(x, mask, cache.kv)
         return self.attend(x, mask, cache)
 
+    def decode(self, x: mx.array, tokens: int, mask: Any, cache: CacheList) -> mx.array:
+        """A short call of one row that changes nothing of its route. Python's time is a good part of a token's."""
+        kv = cache.caches[0]
+        offset = kv.offset
+        if offset >= cache.trim_at:
+            cache.trim_log()
+        if offset + tokens <= self.flux.pattern.dense_tokens or cache.routes[0] != Route.SPARSE:
+            return super().__call__(x, mask, kv)
+        if self.evicts and type(kv) is KVCache:
+            cache.evict(self.flux.pattern)
+            kv = cache.caches[0]
+        if tokens == 1 and type(kv) is WindowKVCache:  # it holds what one query sees
+            return super().__call__(x, mask, kv)
+        return self.attend_short(x, mask, cache)
+
     def is_dense(self, cache: CacheList, tokens: int) -> bool:
         """Whether sparse attention is full attention in this call; xattention's prefill drops blocks at any length."""
         chooses_blocks = self.flux.pattern.name == "xattention" and cache.pinned is not None
@@ -64,11 +89,30 @@ class RoutedAttention:
 
     def route(self, x: mx.array, cache: CacheList) -> None:
         """Pool this call's prompt tokens and decide, unless the call is too short or the route is fixed."""
+        tokens, alone = x.shape[1], cache.is_alone()
         if self.forced is not None:
             cache.set_routes([self.forced] * x.shape[0])
-        elif cache.pinned is None and not (cache.is_idle and x.shape[1] < self.flux.router.min_prefill_tokens):
-            self.route_rows(x, cache)
-        cache.caches[1].advance(x.shape[1])
+        elif cache.pinned is None and not (cache.is_idle and tokens < self.flux.router.min_prefill_tokens):
+            if alone and self.group is None:
+                cache.note(self, x)
+            else:
+                self.route_rows(x, cache)
+        if not alone:
+            cache.caches[1].advance(tokens)
+        is_settled = alone and cache.pinned is None and (cache.is_idle or self.forced is not None)
+        cache.calm = self.forced if is_settled else RESTLESS
+
+    def take_in(self, cache: CacheList, x: mx.array, tokens: int, offset: int) -> None:
+        """Look at a call that `cache` noted: `x` is its input or the `router_input` of it, `offset` where it began."""
+        if tokens < self.flux.router.min_prefill_tokens:
+            cache.skip([tokens])
+            return
+        self.feed(self.router_input(x), tokens, cache, offset=offset)
+        self.decide(cache, [True])
+
+    def router_input(self, x: mx.array) -> mx.array:
+        """What the router reads of a call's input `[1, L, hidden]`: its `prompt_ends`."""
+        return prompt_ends([x], self.flux.router.pool_tokens)
 
     def route_rows(self, x: mx.array, cache: CacheList) -> None:
         """Pool and decide the rows whose part of the call is long enough; note the others."""
@@ -77,14 +121,14 @@ class RoutedAttention:
         cache.skip([0 if is_pooled else n for n, is_pooled in zip(lengths, pooled, strict=True)])
         for row, (n, is_pooled) in enumerate(zip(lengths, pooled, strict=True)):
             if is_pooled:
-                self.feed(prompt_ends([x[row : row + 1, :n]], self.flux.router.pool_tokens), n, cache, row)
+                self.feed(self.router_input(x[row : row + 1, :n]), n, cache, row)
         if any(pooled):
             self.decide(cache, pooled)
 
-    def feed(self, ends: mx.array, tokens: int, cache: CacheList, row: int = 0) -> None:
+    def feed(self, ends: mx.array, tokens: int, cache: CacheList, row: int = 0, offset: int | None = None) -> None:
         """Pool `tokens` prompt tokens of a row, of which `ends` are the `prompt_ends` as this module gets them."""
         rows, P = self.query_rows(ends), self.flux.router.pool_tokens
-        cache.feed(row, rows[:P], rows[-P:], tokens)
+        cache.feed(row, rows[:P], rows[-P:], tokens, offset)
         cache.inputs = ends
 
     def decide(self, cache: CacheList, fed: list[bool]) -> None:
@@ -116,6 +160,24 @@ class RoutedAttention:
         k, v = cache.kv.update_and_fetch(k, v)
         groups = row_groups([route == Route.SPARSE for route in cache.routes], cache.left_padding())
         return self.attend_rows(q, k, v, mask, list(groups), cache)
+
+    def attend_short(self, x: mx.array, mask: Any, cache: CacheList) -> mx.array:
+        """`attend` of a short call of one sparse row."""
+        kv = cache.caches[0]
+        if type(kv) is not KVCache:
+            return self.attend(x, mask, cache)
+        offset = kv.offset
+        q, k, v = (part.swapaxes(1, 2) for part in project(self, x))  # [1, H, L, D]
+        q, k = rotate(self, q, offset), rotate(self, k, offset)
+        keys, values = kv.update_and_fetch(k, v)
+        key = (q.shape[2], kv.keys.shape[2])
+        if cache.decoder_key != key:
+            cache.decoder_key = key
+            cache.decoder = find_decoder(q, keys, values, kv, self.flux.pattern, self.scale)
+        if cache.decoder is not None:
+            return self.o_proj(cache.decoder(q, kv.keys, kv.values, kv.offset))
+        out = sparse_attention(q, keys, values, self.flux.pattern, scale=self.scale)
+        return self.o_proj(out.swapaxes(1, 2).reshape(*x.shape[:2], -1))
 
     def attend_uncached(self, x: mx.array, mask: Any) -> mx.array:
         """Attention over whole rows without a cache, each routed by itself: `mlx_lm.perplexity`, calibration.
@@ -158,6 +220,15 @@ class RoutedAttention:
             sizes = {"group_size": cache.kv.group_size, "bits": cache.kv.bits}
             k, v = (mx.dequantize(*x, **sizes).astype(q.dtype) for x in (k, v))
         return sparse_attention(q, k, v, pattern, prompt_tokens=prompt_tokens, scale=self.scale)
+
+
+def find_decoder(
+    q: mx.array, keys: mx.array, values: mx.array, kv: KVCache, pattern: PatternConfig, scale: float
+) -> Callable[..., mx.array] | None:
+    """A prepared kernel for sparse calls of q's shape over the buffers of `kv`; None: `sparse_attention` decides."""
+    if kernel_policy.choose(q, keys, values, pattern) != "cuda":
+        return None
+    return cuda_kernels.decoder(q.shape, kv.keys.shape, kernels.dtype_name(q), pattern, scale, Route.SPARSE)
 
 
 class RowGroup(NamedTuple):

@@ -9,8 +9,8 @@ All of it is in the three arrays of an `ArraysCache`, batch first:
 A row of zeros, as stock code makes for new rows, means: nothing known, compute full attention.
 
 The counters are kept on the host; the one thing that only the device knows is a decision just made. It stays there
-until somebody asks for the route. Nobody does while sink and window hold every key, so a short prompt waits for no
-route; its pools are computed when the first token is out.
+until somebody asks for the route. Nobody does while sink and window hold every key. So the calls of a single row are
+only noted, and looked at when somebody asks: a short prompt pays for no router.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ import mlx.core as mx
 import numpy as np
 
 from flux_mlx.spec import Route
+
+RESTLESS = object()  # `RouterState.calm` of a cache that every call must look at
+NEVER = 1 << 62
+LOG_CALLS = 8  # calls noted at most: prompts in the log hold on to their inputs
 
 
 class Counter(IntEnum):
@@ -58,12 +62,31 @@ class Decision(NamedTuple):
         return [(Route.SPARSE if sparse else Route.FULL) if fed else None for sparse, fed in taken]
 
 
+class Call:
+    """A call that was noted: the attention module, its input, where it began."""
+
+    __slots__ = ("layer", "offset", "tokens", "x")
+
+    def __init__(self, layer: Any, x: mx.array, offset: int):
+        self.layer = layer
+        self.x = x  # [1, tokens, hidden]; after `RouterState.trim_log` what the router reads of it
+        self.tokens = x.shape[1]
+        self.offset = offset
+
+    def __deepcopy__(self, _: Any) -> Call:
+        return self  # nothing in it changes its meaning, and the layer is the model's
+
+
 class RouterState:
     """Mixed into the routed cache: the second half of it, and what the host knows of that."""
 
     caches: tuple[Any, Any]  # the KV cache, and the arrays
     offset: Any
     is_evicted: bool
+    calm: Any = RESTLESS  # the forced route (None: routed) for which a short call of the one row changes nothing here
+    trim_at = NEVER  # offset from which the inputs of noted calls are to be cut down to what the router reads
+    _log: tuple[Call, ...] = ()  # calls not looked at yet
+    _shorts = 0  # calls since the newest noted prompt that were too short to be pooled
     _host: np.ndarray | None = None  # counters on the host; None: read them again
     _dirty = False  # slot 0 is older than `_host` and `_decision`
     _decision: Decision | None = None  # newer than the host's routes
@@ -71,8 +94,56 @@ class RouterState:
     inputs: mx.array | None = None  # what the newest pooled queries are computed from, until they are
     is_idle = False  # a further call that is too short to be pooled changes nothing here
 
+    @property
+    def rows_held(self) -> int:
+        """B: rows of the batch."""
+        return self.caches[1].cache[0].shape[0]
+
+    def is_alone(self) -> bool:
+        """Whether there is one row and no padding, so that calls can be noted."""
+        arrays = self.caches[1]
+        is_plain = arrays.lengths is None and arrays.left_padding is None
+        return is_plain and isinstance(self.offset, int) and arrays.cache[0].shape[0] == 1
+
+    def note(self, layer: Any, x: mx.array) -> None:
+        """Remember a call of the one row; what it means for the route is worked out when somebody asks.
+
+        Args:
+            layer: Its attention module, which has `take_in`.
+            x: `[1, L, hidden]`, the module's input.
+        """
+        call, router = Call(layer, x, self.offset), layer.flux.router
+        self._log += (call,)
+        if call.tokens < router.min_prefill_tokens:
+            self._shorts += 1
+            self.is_idle = self._shorts >= 2
+            return
+        self._shorts, self.is_idle = 0, False
+        if call.tokens > 2 * router.pool_tokens:  # the layers trim one after the other, behind the first tokens
+            self.trim_at = call.offset + call.tokens + 2 + layer.layer_index
+        if len(self._log) >= LOG_CALLS:
+            self.compute()
+
+    def trim_log(self) -> None:
+        """Keep of the noted calls' inputs what the router reads, so that the rest is free."""
+        self.trim_at = NEVER
+        for call in self._log:
+            call.x = call.layer.router_input(call.x)
+        mx.async_eval([call.x for call in self._log])
+
+    def _catch_up(self) -> None:
+        """Look at the noted calls."""
+        log, self._log, self.trim_at = self._log, (), NEVER
+        for call in log:
+            call.layer.take_in(self, call.x, call.tokens, call.offset)
+
+    def wake(self) -> None:
+        """The next call has to be looked at, however short it is."""
+        self.is_idle, self.calm, self._shorts = False, RESTLESS, 0
+
     def _flush(self) -> None:
         """Bring slot 0 up to the counters on the host and the newest decision, before stock code reads it."""
+        self._catch_up()
         if not self._dirty:
             return
         counters = mx.array(self._host)
@@ -92,11 +163,24 @@ class RouterState:
     def _forget(self) -> None:
         """Drop what was read or is newer than the arrays, after stock code changed them."""
         self._host = self._decision = self._routes = self._padding = self.inputs = None
-        self._dirty = self.is_idle = False
+        self._log, self._dirty = (), False
+        self.wake()
+
+    def _copied(self) -> dict[str, Any]:
+        """What the host knows, for `_restored`."""
+        known = {name: getattr(self, name) for name in _KNOWN}
+        return known | {"_host": None if self._host is None else self._host.copy()}
+
+    def _restored(self, known: dict[str, Any]) -> None:
+        """Know again what `_copied` gave, and no more."""
+        self._forget()
+        self.__dict__.update(known)
 
     @property
     def _rows(self) -> np.ndarray:
         """The counters on the host but for a decision not read. Waits for the device after stock code changed them."""
+        if self._log:
+            self._catch_up()
         if self._host is None:
             self._host = np.array(self.caches[1][0])
         return self._host
@@ -104,8 +188,9 @@ class RouterState:
     @property
     def counters(self) -> np.ndarray:
         """The rows' counters on the host, int32 `[B, 9]`. Waits for the device, for a decision just made too."""
+        self._catch_up()
         if self._decision is not None:
-            decision, self._decision = self._decision, None
+            decision, self._decision, self.inputs = self._decision, None, None
             for row, route in zip(self._rows, decision.read(), strict=True):
                 row[Counter.ROUTE] = row[Counter.ROUTE] if route is None else route
         return self._rows
@@ -113,7 +198,7 @@ class RouterState:
     @property
     def routes(self) -> list[Route]:
         """The rows' routes. Waits for a decision just made."""
-        if self._routes is None:
+        if self._routes is None or self._log:
             self._routes = [Route(code) for code in self.counters[:, Counter.ROUTE].tolist()]
         return self._routes
 
@@ -131,17 +216,17 @@ class RouterState:
                 f"got {[route.name for route in routes]}. Begin with a new cache."
             )
         self.counters[:, Counter.ROUTE] = routes
-        self._dirty, self._routes = True, None
+        self._dirty, self._routes, self.calm = True, None, RESTLESS
 
     def offsets(self) -> list[int]:
         """The rows' real tokens so far, on the host."""
-        return [self.offset] * len(self._rows) if isinstance(self.offset, int) else self.offset.tolist()
+        return [self.offset] * self.rows_held if isinstance(self.offset, int) else self.offset.tolist()
 
     def row_lengths(self, tokens: int) -> list[int]:
         """How many of a call's `tokens` are real in each row; the rest is right padding."""
         lengths = self.caches[1].lengths
         if lengths is None:
-            return [tokens] * len(self._rows)
+            return [tokens] * self.rows_held
         return [max(0, min(tokens, left)) for left in lengths.tolist()]
 
     def resume(self, routes: list[Route]) -> None:
@@ -159,21 +244,23 @@ class RouterState:
                 self._dirty = True
         if self.caches[1].lengths is None and (self._rows[:, Counter.SHORT_CALLS] >= 2).all():
             self.is_idle = True
-            self.compute()  # behind the first token
+            if len(self._rows) > 1:
+                self.compute()  # behind the first token
 
-    def feed(self, row: int, head: mx.array, tail: mx.array, tokens: int) -> None:
-        """Pool `tokens` new prompt tokens of a row, which follow its offset.
+    def feed(self, row: int, head: mx.array, tail: mx.array, tokens: int, offset: int | None = None) -> None:
+        """Pool `tokens` new prompt tokens of a row.
 
         Args:
             row: Index in the batch.
             head: float32 `[min(P, tokens), D]`, queries of the first of them, averaged over heads.
             tail: float32 `[min(P, tokens), D]`, of the last of them.
             tokens: Their number, 1 or more.
+            offset: Position of the first of them; None: the row's offset.
         """
         prefix, recent = self.caches[1][1], self.caches[1][2]
         pool_tokens = prefix.shape[1]
         counters = self._rows[row]
-        self._begin_turn(counters, self.offsets()[row])
+        self._begin_turn(counters, self.offsets()[row] if offset is None else offset)
         start = counters[Counter.END]
         if (room := min(pool_tokens - int(counters[Counter.PREFIX]), tokens)) > 0:
             used = int(counters[Counter.PREFIX])
@@ -186,7 +273,8 @@ class RouterState:
         counters[Counter.RECENT] = min(pool_tokens, counters[Counter.RECENT] + tokens)
         counters[Counter.END] = start + tokens
         counters[Counter.TURN] += tokens
-        self._dirty, self.is_idle = True, False
+        self._dirty = True
+        self.wake()
 
     def _begin_turn(self, counters: np.ndarray, offset: int) -> None:
         """Start a new turn if tokens that are not of this prompt came, or were cut, after the newest pooled token.
@@ -253,7 +341,8 @@ class RouterState:
 
         That a row was FULL is remembered for a short turn, unless nothing of the row is left.
         """
-        self._routes, self.is_idle = None, False
+        self._routes = None
+        self.wake()
         for counters, offset in zip(self.counters, self.offsets(), strict=True):
             if counters[Counter.END] <= offset:
                 continue
@@ -265,6 +354,9 @@ class RouterState:
             counters[Counter.BOUND] = Bound.STALE_FULL if offset > 0 and _was_full(counters) else Bound.FREE
             counters[Counter.ROUTE] = Route.SPARSE if self.is_evicted else Route.UNSET
         self._dirty = True
+
+
+_KNOWN = ("_dirty", "_decision", "_routes", "_log", "_shorts", "inputs", "is_idle", "trim_at")
 
 
 def _was_full(counters: np.ndarray) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import sys
 from collections import Counter
 
@@ -119,19 +121,56 @@ def test_decoding_evaluates_as_often_as_stock(waits, route, policy):
     assert ours == waits["eval"]
 
 
-def test_the_pools_are_computed_behind_the_first_token(monkeypatch):
-    model, started = flux_model(), []
-    compute = router_state.RouterState.compute
-    monkeypatch.setattr(router_state.RouterState, "compute", lambda entry: (started.append(1), compute(entry)))
+def noted_inputs(cache: list) -> list[list[int]]:
+    """Tokens of the inputs that each layer's cache holds on to."""
+    return [[call.x.shape[1] for call in entry._log] for entry in cache]
+
+
+def test_a_short_prompt_pays_for_no_router(monkeypatch):
+    model, pooled = flux_model(), []
+    monkeypatch.setattr(router_state.RouterState, "feed", lambda *_, **__: pooled.append(1))
     cache = model.make_cache()
     last = flux_mlx.prefill(model, mx.array(prompt(17)), cache)
-    steps = generate_step(last, model, max_tokens=5, prompt_cache=cache)
-    assert started == []
+    decode(model, cache, last, DENSE_TOKENS - 17 - 1)
+    assert pooled == []
+    assert noted_inputs(cache) == [[16, 1, 1]] * LAYERS
+
+
+def test_inputs_of_a_noted_prompt_are_trimmed_layer_by_layer_behind_the_first_tokens():
+    wide = dataclasses.replace(PATTERN, window_tokens=64)
+    model = flux_model(pattern=wide)
+    pool = 2 * model.flux.router.pool_tokens
+    cache = model.make_cache()
+    last = flux_mlx.prefill(model, mx.array(prompt(pool + 20)), cache)
+    assert noted_inputs(cache) == [[pool + 19]] * LAYERS
+    steps = generate_step(last, model, max_tokens=LAYERS + 4, prompt_cache=cache)
     next(steps)
-    assert len(started) == LAYERS
-    assert all(entry.inputs is None for entry in cache)
+    assert [calls[0] for calls in noted_inputs(cache)] == [pool + 19] * LAYERS
+    next(steps)
+    assert [calls[0] for calls in noted_inputs(cache)] == [pool] + [pool + 19] * (LAYERS - 1)
     list(steps)
-    assert len(started) == LAYERS
+    assert [calls[0] for calls in noted_inputs(cache)] == [pool] * LAYERS
+    untrimmed, _ = prefilled(model, prompt(pool + 20), Counter())
+    for entry, other in zip(cache, untrimmed, strict=True):
+        np.testing.assert_array_equal(np.array(entry.pooled()), np.array(other.pooled()))
+
+
+def test_many_short_turns_are_looked_at_now_and_then():
+    model = flux_model(pattern=dataclasses.replace(PATTERN, window_tokens=512))
+    cache = model.make_cache()
+    for _ in range(router_state.LOG_CALLS - 1):
+        mx.eval(model(mx.array([prompt(17)]), cache=cache))
+    assert {len(entry._log) for entry in cache} == {router_state.LOG_CALLS - 1}
+    mx.eval(model(mx.array([prompt(17)]), cache=cache))
+    assert {len(entry._log) for entry in cache} == {0}
+
+
+def test_a_copied_cache_shares_the_noted_layers():
+    model = flux_model()
+    cache, _ = prefilled(model, prompt(17), Counter())
+    copied = copy.deepcopy(cache)
+    assert all(a._log[0].layer is b._log[0].layer for a, b in zip(cache, copied, strict=True))
+    assert flux_mlx.routes(copied) == flux_mlx.routes(cache)
 
 
 def python_calls(model, cache: list) -> float:

@@ -154,9 +154,11 @@ def randomise_routers(model: nn.Module, seed: int = 0) -> None:
     mx.eval(model.parameters())
 
 
-def flux_model(family: str = "llama", seed: int = 0, route: Any = "auto", **changes: Any) -> nn.Module:
+def flux_model(
+    family: str = "llama", seed: int = 0, route: Any = "auto", pattern: PatternConfig = PATTERN, **changes: Any
+) -> nn.Module:
     """The Flux model of `stock_model(family, seed)`, with routers that take both routes."""
-    model = apply(stock_model(family, seed, **changes), FluxConfig(pattern=PATTERN, router=ROUTER, route=route))
+    model = apply(stock_model(family, seed, **changes), FluxConfig(pattern=pattern, router=ROUTER, route=route))
     randomise_routers(model, seed)
     return model
 
