@@ -3,9 +3,9 @@
     python -m benchmarks.mlx_cuda_attention --json FILE
 
 Every stage is tried whatever became of the others, in a new process after one that lost the device, and FILE is written
-anew after each. Seconds to expect on an H100,
-most of them for compiling: hopper 10, prefill-32K 10, decode 25, decode-times 35, prefill-128K 25, long 10, portable
-25, chunks 15, policy 20. A stage that would start after --budget-s is left out.
+anew after each. Seconds to expect on an H100:
+decode 15, host 5, decode-times 35, hopper 10, prefill-32K 10, prefill-128K 25, long 10, portable 25, chunks 15, policy
+15, decode-1M 15. A stage that would start after --budget-s is left out.
 
 Times are of one call in a row of calls on random data. Prefill calls do not depend on each other, decode calls do, and
 go round among caches that no L2 cache holds. The ideal is stock's dense time times the share of visible pairs.
@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,85 +24,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("MLX_ENABLE_TF32", "0")  # for the reference
-
 import mlx.core as mx
 
+from benchmarks.mlx_cuda_common import HEAD_DIM, HEADS, PATTERN, Rows, attempt, draw, draw_queries, parity
+from benchmarks.mlx_cuda_decode import DECODE_LENGTHS, decode_parity, decode_times, host_times, million_parity
 from flux_mlx import cuda_kernels, kernel_policy, streaming
 from flux_mlx.benchmark_report import check_target, hardware, versions, write_json
 from flux_mlx.cuda_kernels import Run
-from flux_mlx.kernel_self_test import TOLERANCE
-from flux_mlx.spec import PatternConfig, Route, visible, visible_pairs
+from flux_mlx.spec import PatternConfig, visible_pairs
 
-PATTERN = PatternConfig()
-HEADS = (32, 8)
-HEAD_DIM = 128
-DTYPE = "bfloat16"
-DECODE_LENGTHS = (4096, 32768, 131072, 524288)
-DECODE_CASES = (("bfloat16", 128, 8), ("float16", 64, 2))  # dtype, head dim, query heads of 2 KV heads
 CHUNK_TOKENS = 2048
-KEY_SETS = 8  # caches that decode goes round: 70 MB of visible keys
-SAMPLE_S = 0.06
-SAMPLES = 3
 LONG_TOKENS = 65536
 
-Rows = list[dict[str, Any]]
 MODULE = "benchmarks.mlx_cuda_attention"
 BROKEN = 3  # exit code of a process that lost the device
-
-
-def draw(heads: int, tokens: int, batch: int = 1, dtype: str = DTYPE, head_dim: int = HEAD_DIM) -> mx.array:
-    """Normal `[B, heads, tokens, D]`, evaluated."""
-    x = mx.random.normal((batch, heads, tokens, head_dim), getattr(mx, dtype))
-    mx.eval(x)
-    return x
-
-
-def draw_queries(heads: int, tokens: int, **options: Any) -> mx.array:
-    """The same, laid out as projections leave queries: token by token."""
-    return draw(tokens, heads, **options).swapaxes(1, 2)
-
-
-def expected_rows(
-    q: mx.array, k: mx.array, v: mx.array, rows: slice, pattern: PatternConfig | None
-) -> tuple[mx.array, mx.array]:
-    """(out, lse) in float32 of some query rows; `pattern` None: dense."""
-    B, HQ, L, D = q.shape
-    HKV, S = k.shape[1:3]
-    q_pos, k_pos = mx.arange(S - L, S)[rows][:, None], mx.arange(S)[None, :]
-    mask = k_pos <= q_pos if pattern is None else visible(pattern, q_pos, k_pos)
-    grouped = q[:, :, rows].astype(mx.float32).reshape(B, HKV, HQ // HKV, -1, D) * D**-0.5
-    scores = grouped @ k.astype(mx.float32)[:, :, None].swapaxes(-1, -2)
-    scores = mx.where(mask, scores, -float("inf"))
-    out = mx.softmax(scores, axis=-1) @ v.astype(mx.float32)[:, :, None]
-    return out.reshape(B, HQ, -1, D), mx.logsumexp(scores, axis=-1).reshape(B, HQ, -1)
-
-
-def parity(
-    name: str, q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, rows: Sequence[slice] = (slice(None),),
-    **options: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """Largest error of a call whose batch rows are SPARSE and FULL in turn; and whether it repeats bit for bit."""
-    kv_tokens = options.get("kv_tokens", k.shape[2])
-    codes = tuple(int(Route.FULL if b % 2 else Route.SPARSE) for b in range(q.shape[0]))
-    start = time.perf_counter()
-    out, lse = cuda_kernels.routed_attention(q, k, v, codes, pattern, **options)
-    mx.eval(out, lse)
-    first_call_s = time.perf_counter() - start
-    again = cuda_kernels.routed_attention(q, k, v, codes, pattern, **options)
-    repeats = all(mx.array_equal(a, b).item() for a, b in zip((out, lse), again, strict=True))
-    error = 0.0
-    for b, code in enumerate(codes):
-        one = slice(b, b + 1)
-        for part in rows:
-            rule = pattern if code == Route.SPARSE else None
-            wanted = expected_rows(q[one], k[one, :, :kv_tokens], v[one, :, :kv_tokens], part, rule)
-            found = out[one, :, part].astype(mx.float32), lse[one, :, part]
-            gaps = [mx.abs(a - w).max().item() for a, w in zip(found, wanted, strict=True)]
-            error = max([error, *(gap if gap == gap else float("inf") for gap in gaps)])
-    allowed = TOLERANCE[str(q.dtype).rpartition(".")[2]]
-    row = {"case": name, "q": list(q.shape), "k": list(k.shape), "error": error, "allowed": allowed}
-    return row | {"right": error <= allowed, "repeats": repeats, "first_call_s": round(first_call_s, 3)}
 
 
 def prefill_parity(family: str, sizes: Sequence[tuple[str, int, int]], run: Run, kv_tokens: int = 555) -> Rows:
@@ -123,43 +56,11 @@ def prefill_parity(family: str, sizes: Sequence[tuple[str, int, int]], run: Run,
     return rows
 
 
-def decode_parity(run: Run, pattern: PatternConfig = PATTERN, kv_tokens: int = 2600) -> Rows:
-    """Decode of 1 and 3 tokens, GQA 4 and 1, a cache buffer that is longer, and one whose heads lie inside tokens."""
-    rows = []
-    for dtype, head_dim, heads in DECODE_CASES:
-        kind = {"batch": 2, "dtype": dtype, "head_dim": head_dim}
-        k, v = draw(2, kv_tokens + 100, **kind), draw(2, kv_tokens + 100, **kind)
-        inside = [draw_queries(2, kv_tokens, **kind) for _ in range(2)]
-        for q_tokens in (1, 3):
-            q = draw_queries(heads, q_tokens, **kind)
-            name = f"decode {dtype} D {head_dim} heads {heads} tokens {q_tokens}"
-            rows.append(parity(name, q, k, v, pattern, kv_tokens=kv_tokens, run=run))
-            rows.append(parity(f"{name}, heads inside tokens", q, *inside, pattern, run=run))
-    return rows
-
-
 def long_parity(tokens: int, run: Run) -> Rows:
     """A long prompt of the real shape, on its first, middle and last rows."""
     q, k, v = (draw_queries(HEADS[0], tokens), *(draw(HEADS[1], tokens) for _ in range(2)))
     parts = [slice(0, 64), slice(tokens // 2 - 32, tokens // 2 + 32), slice(tokens - 64, tokens)]
     return [parity(f"prefill {tokens}", q, k, v, PATTERN, parts, run=run)]
-
-
-def milliseconds(call: Callable[[int, mx.array | None], mx.array], *, chained: bool) -> float:
-    """Median time of a call (its index, the output before it or None), after one that is not counted."""
-
-    def sample(calls: int) -> float:
-        start, outputs = time.perf_counter(), []
-        for index in range(calls):
-            outputs.append(call(index, outputs[-1] if chained and outputs else None))
-        mx.eval(outputs[-1:] if chained else outputs)
-        mx.synchronize()
-        return (time.perf_counter() - start) / calls
-
-    sample(1)
-    once = max(sample(1), 1e-6)
-    calls = max(1, min(128 if chained else 16, round(SAMPLE_S / once)))
-    return 1e3 * statistics.median(sample(calls) for _ in range(SAMPLES))
 
 
 def with_fractions(row: dict[str, Any], share: float) -> dict[str, Any]:
@@ -172,16 +73,6 @@ def with_fractions(row: dict[str, Any], share: float) -> dict[str, Any]:
     if "full_ms" in row:
         fractions["full_of_dense"] = row["dense_ms"] / row["full_ms"]
     return row | {"ideal_ms": ideal_ms} | fractions
-
-
-def attempt(times: dict[str, Any], name: str, call: Callable[..., mx.array], *, chained: bool = False) -> None:
-    """Time `call` into `times`; an error is said there instead."""
-    try:
-        times[f"{name}_ms"] = milliseconds(call, chained=chained)
-    except Exception as error:  # the other candidates must still be timed
-        times[f"{name}_error"] = f"{type(error).__name__}: {error}"[:300]
-    sys.stdout.write(f"    {name}: {times.get(f'{name}_ms', times.get(f'{name}_error'))}\n")
-    sys.stdout.flush()
 
 
 def prefill_times(tokens: int, q_tokens: int | None = None, families: Sequence[str] = ("hopper", "portable")) -> Rows:
@@ -202,26 +93,6 @@ def prefill_times(tokens: int, q_tokens: int | None = None, families: Sequence[s
     return [with_fractions(row, share)]
 
 
-def decode_times(tokens: int, splits: Sequence[int] = (17, 23, 34, 68)) -> Rows:
-    """One query over `tokens` keys: stock dense, ours sparse and full, the composition; ours by number of splits."""
-    caches = [(draw(HEADS[1], tokens), draw(HEADS[1], tokens)) for _ in range(KEY_SETS)]
-    first, scale, times = draw(HEADS[0], 1), HEAD_DIM**-0.5, {}
-
-    def calls(attend: Callable[..., mx.array]) -> Callable[..., mx.array]:
-        return lambda index, before: attend(first if before is None else before, *caches[index % KEY_SETS])
-
-    def ours(*qkv: mx.array, **options: Any) -> mx.array:
-        return cuda_kernels.sparse_attention(*qkv, PATTERN, **options)[0]
-
-    attempt(times, "dense", calls(lambda *qkv: streaming.dense(*qkv, scale)), chained=True)
-    attempt(times, "sparse", calls(ours), chained=True)
-    attempt(times, "composition", calls(lambda *qkv: streaming.attend(*qkv, PATTERN, scale)), chained=True)
-    attempt(times, "full_ours", calls(lambda *qkv: cuda_kernels.full_attention(*qkv)[0]), chained=True)
-    for n in splits:
-        attempt(times, f"sparse_{n}_splits", calls(lambda *qkv, n=n: ours(*qkv, splits=n)), chained=True)
-    return [{"operation": "decode", "tokens": tokens} | times]
-
-
 def policy() -> Rows:
     """What the policy says of the calls that models make, after its self-tests."""
     rows = []
@@ -236,15 +107,17 @@ def stages(run: Run = cuda_kernels.cuda_run) -> dict[str, Callable[[], Rows]]:
     """The stages by name, in order of what is wanted most."""
     sizes = [(dtype, head_dim) for dtype in ("bfloat16", "float16") for head_dim in (128, 64)]
     return {
+        "decode": lambda: decode_parity(run),
+        "host": lambda: host_times(run),
+        "decode-times": lambda: [row for tokens in DECODE_LENGTHS for row in decode_times(tokens, run)],
         "hopper": lambda: prefill_parity("hopper", [(*size, 128) for size in sizes], run),
         "prefill-32K": lambda: prefill_times(32768),
-        "decode": lambda: decode_parity(run),
-        "decode-times": lambda: [row for tokens in DECODE_LENGTHS for row in decode_times(tokens)],
         "prefill-128K": lambda: prefill_times(131072),
         "long": lambda: long_parity(LONG_TOKENS, run),
         "portable": lambda: prefill_parity("portable", [(*sizes[0], 128), (*sizes[3], 64)], run),
         "chunks": lambda: [row for tokens in (32768, 131072) for row in prefill_times(tokens, CHUNK_TOKENS)],
         "policy": policy,
+        "decode-1M": lambda: million_parity(run) + decode_times(1 << 20, run),
     }
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import replace
 
 import mlx.core as mx
@@ -13,7 +11,6 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from benchmarks import mlx_cuda_attention
 from flux_mlx import attention, cuda_catalog, cuda_kernels, doctor, kernel_policy, kernel_self_test, spec
 from flux_mlx.cuda_catalog import Device
 from flux_mlx.kernel_self_test import Variant
@@ -411,79 +408,3 @@ def test_doctor_knows_the_variants_of_this_gpu(device, monkeypatch):
     assert len(on_ampere) == len(set(on_ampere)) == 2 * 2 * (2 + 1)
     monkeypatch.setattr(cuda_kernels, "device", lambda: Device(7, 5, 40, 1 << 20))
     assert doctor.all_variants() == []
-
-
-def test_the_benchmark_compares_rightly(monkeypatch):
-    monkeypatch.setattr(mlx_cuda_attention, "DECODE_CASES", (("float16", 64, 2),))
-    rows = mlx_cuda_attention.decode_parity(HostCuda(), DECODE_PATTERN, kv_tokens=140)
-    rows += mlx_cuda_attention.prefill_parity("portable", [("float16", 64, 64)], HostCuda(), kv_tokens=100)
-    assert len(rows) == 7
-    assert all(row["right"] and row["repeats"] for row in rows)
-
-    def wrong(launch):
-        return lambda inputs, late: [x + 0.1 for x in HostCuda()(launch)(inputs, late)]
-
-    wrong_rows = mlx_cuda_attention.decode_parity(wrong, DECODE_PATTERN, kv_tokens=140)
-    assert not any(row["right"] for row in wrong_rows)
-
-
-def test_the_benchmark_survives_a_stage():
-    result = mlx_cuda_attention.run_stage(lambda: [{}[0]])
-    assert result["error"] == "KeyError: 0"
-    assert not mlx_cuda_attention.is_right(result)
-    assert mlx_cuda_attention.is_right(mlx_cuda_attention.run_stage(lambda: [{"right": True}, {"tokens": 3}]))
-
-
-FAKE = """
-import json, sys
-names = sys.argv[sys.argv.index("--stages") + 1 : sys.argv.index("--budget-s")]
-for name in names:
-    if name == "dies":
-        sys.exit(134)
-    record = json.load(open(sys.argv[1]))
-    record["stages"][name] = {"rows": [], "started_with": names[0]}
-    json.dump(record, open(sys.argv[1], "w"))
-    if name == "loses the device":
-        sys.exit(3)
-"""
-
-
-def test_a_lost_device_does_not_take_the_other_stages_with_it(tmp_path):
-    target, script = tmp_path / "record.json", tmp_path / "fake.py"
-    target.write_text('{"stages": {}}')
-    script.write_text(FAKE)
-    names = ["a", "loses the device", "b", "dies", "c"]
-    mlx_cuda_attention.supervise(names, target, 60.0, [sys.executable, str(script), str(target)])
-    done = json.loads(target.read_text())["stages"]
-    assert set(done) == set(names)
-    assert done["dies"] == {"error": "the process ended with code 134"}
-    assert [done[name]["started_with"] for name in ("a", "loses the device", "b", "c")] == ["a", "a", "b", "c"]
-
-
-def test_stages_are_noted_one_by_one(tmp_path, monkeypatch):
-    target = tmp_path / "record.json"
-    target.write_text('{"stages": {"before": {}}}')
-    usable = iter([True, False])
-    stages = {"fine": lambda: [{"right": True}], "wrong": lambda: 1 / 0, "worse": lambda: 1 / 0, "unreached": list}
-    monkeypatch.setattr(mlx_cuda_attention, "stages", lambda: stages)
-    monkeypatch.setattr(mlx_cuda_attention, "is_usable", lambda: next(usable))
-    assert mlx_cuda_attention.run_stages(list(stages), target, 60.0) == mlx_cuda_attention.BROKEN
-    done = json.loads(target.read_text())["stages"]
-    assert list(done) == ["before", "fine", "wrong", "worse"]
-    assert mlx_cuda_attention.run_stages(["unreached"], target, 0.0) == 0
-    assert "left out" in json.loads(target.read_text())["stages"]["unreached"]["error"]
-
-
-def test_fractions_of_the_ideal():
-    row = mlx_cuda_attention.with_fractions({"dense_ms": 10.0, "hopper_ms": 2.0, "full_ms": 8.0}, 0.1)
-    assert row["ideal_ms"] == 1.0
-    assert row["hopper_of_ideal"] == 0.5
-    assert row["full_of_dense"] == 1.25
-    assert mlx_cuda_attention.with_fractions({"hopper_ms": 2.0}, 0.1) == {"hopper_ms": 2.0}
-
-
-@needs_no_device
-def test_the_benchmark_needs_a_device(capsys):
-    with pytest.raises(SystemExit):
-        mlx_cuda_attention.main([])
-    assert "needs MLX with a CUDA device" in capsys.readouterr().err
