@@ -21,7 +21,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from benchmarks.mlx_common import flux_model, parse, parser, pattern_of, save
 from flux_mlx.benchmark_models import stock_view
-from flux_mlx.benchmark_parts import AttentionShape, Ceiling, decode_seconds, dense, sparse, visible_share
+from flux_mlx.benchmark_parts import AttentionShape, Ceiling, decode_seconds, dense, sparse_decode, visible_share
 from flux_mlx.benchmark_routes import spread_full_layers
 from flux_mlx.models import KV_POLICIES, routed_layers, set_kv_policy, set_route
 
@@ -52,7 +52,7 @@ def rows(args: Any, model: nn.Module, tokens: int) -> list[dict[str, Any]]:
     """One row for each Omega at one length; stock is timed in turn with all of them."""
     shape, stock, pattern = AttentionShape.of(model), stock_view(model), pattern_of(args)
     layers = sorted(routed_layers(model))
-    parts = decode_seconds(shape, tokens, {"dense": dense, "sparse": sparse(pattern, None)})
+    parts = decode_seconds(shape, tokens, {"dense": dense, "sparse": sparse_decode(pattern)})
 
     def flux(omega: float, policy: str) -> float:
         set_route(model, spread_full_layers(layers, omega))

@@ -16,7 +16,15 @@ import mlx.core as mx
 from benchmarks.mlx_common import parse, parser, pattern_of, save
 from flux_mlx.benchmark import length
 from flux_mlx.benchmark_models import SHAPES, default_dtype
-from flux_mlx.benchmark_parts import AttentionShape, decode_seconds, dense, prefill_seconds, sparse, visible_share
+from flux_mlx.benchmark_parts import (
+    AttentionShape,
+    decode_seconds,
+    dense,
+    prefill_seconds,
+    sparse,
+    sparse_decode,
+    visible_share,
+)
 from flux_mlx.spec import PatternConfig, visible_pairs
 
 KEY_BYTES = 36 << 30  # room for 16 caches of 512K keys, so that every length goes round among as many
@@ -49,7 +57,7 @@ def prefill_row(shape: AttentionShape, pattern: PatternConfig, tokens: int, step
 
 def decode_row(shape: AttentionShape, pattern: PatternConfig, tokens: int) -> dict[str, Any]:
     """One query over `tokens` keys."""
-    attends = {"dense": dense, "sparse": sparse(pattern, None)}
+    attends = {"dense": dense, "sparse": sparse_decode(pattern)}
     times = decode_seconds(shape, tokens, attends, KEY_BYTES)
     return {"operation": "decode", "tokens": tokens, "dense_s": times["dense"], "sparse_s": times["sparse"]}
 

@@ -76,6 +76,7 @@ def sparse_attention(
     *,
     prompt_tokens: int | None = None,
     scale: float | None = None,
+    kv_tokens: int | None = None,
     impl: str | None = None,
 ) -> mx.array:
     """Causal attention restricted to `pattern` (`flux_mlx.spec.visible`).
@@ -88,6 +89,8 @@ def sparse_attention(
         pattern: Which keys a query sees.
         prompt_tokens: Length of the whole prompt in exact prefill; None (chunked calls, decode) means streaming.
         scale: Multiplier of the scores, D**-0.5 by default.
+        kv_tokens: S: keys in use, where k and v are the longer buffers of a cache; kernels read these in place, and MLX
+            may copy a slice of them. All by default.
         impl: "ops" (compositions of stock attention calls), or our kernels as in `full_attention`, whose gradient is
             that of "ops"; never replaced when named. None: what `kernel_policy.choose` says.
 
@@ -101,25 +104,42 @@ def sparse_attention(
     _check("sparse_attention", q, k, v)
     _check_impl("sparse_attention", impl)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    buffers = k, v
+    if kv_tokens is not None and kv_tokens != k.shape[2]:
+        if not q.shape[2] <= kv_tokens < k.shape[2]:
+            raise ValueError(
+                f"[sparse_attention] kv_tokens must be from L to the keys in the buffer, got {kv_tokens} with "
+                f"L {q.shape[2]} and {k.shape[2]} keys."
+            )
+        k, v = k[:, :, :kv_tokens], v[:, :, :kv_tokens]
     if impl is None:
         impl = kernel_policy.choose(q, k, v, pattern, prompt_tokens)
+    if impl in cuda_kernels.FAMILIES:
+        return _by_kernels(impl, pattern, prompt_tokens, scale, k.shape[2])(q, *buffers)
     if impl in _MODULES:
         return _by_kernels(impl, pattern, prompt_tokens, scale)(q, k, v)
     return _by_operations(q, k, v, pattern, prompt_tokens, scale)
 
 
 @lru_cache
-def _by_kernels(impl: str, pattern: PatternConfig, prompt_tokens: int | None, scale: float) -> Callable[..., mx.array]:
+def _by_kernels(
+    impl: str, pattern: PatternConfig, prompt_tokens: int | None, scale: float, kv_tokens: int | None = None
+) -> Callable[..., mx.array]:
     """The kernels as a function of q, k and v. They have no gradient of their own: it is recomputed by operations."""
+    used = slice(kv_tokens)
 
     @mx.custom_function
     def forward(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         options = {"prompt_tokens": prompt_tokens, "scale": scale} | _OPTIONS.get(impl, {})
+        options |= {} if kv_tokens is None else {"kv_tokens": kv_tokens}
         return _MODULES[impl].sparse_attention(q, k, v, pattern, **options)[0]
+
+    def by_operations(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return _by_operations(q, k[:, :, used], v[:, :, used], pattern, prompt_tokens, scale)
 
     @forward.vjp
     def backward(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> list[mx.array]:
-        return mx.vjp(lambda *qkv: _by_operations(*qkv, pattern, prompt_tokens, scale), primals, [cotangent])[1]
+        return mx.vjp(by_operations, primals, [cotangent])[1]
 
     return forward
 

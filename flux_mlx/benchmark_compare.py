@@ -19,6 +19,7 @@ from flux_mlx.benchmark_parts import (
     dense,
     prefill_seconds,
     sparse,
+    sparse_decode,
     visible_share,
 )
 from flux_mlx.benchmark_runs import Run, Work, run_flux, run_stock
@@ -127,7 +128,7 @@ def attention_times(bench: Bench, prompt_tokens: int) -> dict[str, dict[str, flo
         "prefill": prefill_seconds(
             shape, prompt_tokens, step, {"dense": dense, "sparse": sparse(pattern, prompt_tokens)}
         ),
-        "decode": decode_seconds(shape, prompt_tokens, {"dense": dense, "sparse": sparse(pattern, None)}),
+        "decode": decode_seconds(shape, prompt_tokens, {"dense": dense, "sparse": sparse_decode(pattern)}),
     }
 
 

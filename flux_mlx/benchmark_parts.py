@@ -19,6 +19,7 @@ from mlx_lm.models.cache import KVCache
 
 from flux_mlx.attention import full_attention, sparse_attention
 from flux_mlx.models import routed_layers
+from flux_mlx.short_calls import ShortCalls
 from flux_mlx.spec import PatternConfig, visible_pairs
 
 _SAMPLE_S = 0.01  # a sample lasts this long at least, so that waiting for the device does not count
@@ -27,7 +28,7 @@ _SAMPLES = 3
 _KEY_BYTES = 1 << 31  # decode goes round among caches of this size in all, so that keys come from memory
 _MAX_KEY_SETS = 16
 
-Attend = Callable[[mx.array, mx.array, mx.array], mx.array]
+Attend = Callable[[mx.array, KVCache], mx.array]
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,24 @@ class AttentionShape:
         return 2 * self.batch * self.kv_heads * tokens * self.head_dim * self.dtype.size
 
 
-def dense(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+def dense(q: mx.array, kv: KVCache) -> mx.array:
     """Causal attention as stock mlx-lm calls it."""
-    return full_attention(q, k, v, impl="ops")
+    return full_attention(q, *kv.keys_and_values(), impl="ops")
 
 
-def sparse(pattern: PatternConfig, prompt_tokens: int | None) -> Attend:
-    """Sparse attention as a routed layer calls it."""
-    return lambda q, k, v: sparse_attention(q, k, v, pattern, prompt_tokens=prompt_tokens)
+def sparse(pattern: PatternConfig, prompt_tokens: int) -> Attend:
+    """Sparse attention as a routed layer calls it in prefill."""
+
+    def attend(q: mx.array, kv: KVCache) -> mx.array:
+        return sparse_attention(q, kv.keys, kv.values, pattern, prompt_tokens=prompt_tokens, kv_tokens=kv.offset)
+
+    return attend
+
+
+def sparse_decode(pattern: PatternConfig) -> Attend:
+    """Sparse attention as a routed layer calls it for a new token."""
+    short_calls = ShortCalls()
+    return lambda q, kv: short_calls(q, kv, pattern, q.shape[-1] ** -0.5).reshape(q.shape)
 
 
 def seconds_a_call(call: Callable[[mx.array, int], mx.array], q: mx.array) -> float:
@@ -104,17 +115,22 @@ def prefill_seconds(shape: AttentionShape, tokens: int, step: int, attends: dict
         shape: Sizes.
         tokens: Of the prompt, 2 or more.
         step: Tokens of a chunk.
-        attends: The kinds, by name; they are timed in turn on every chunk.
+        attends: The kinds, by name; they are timed in turn on every chunk. "dense" reads stock's growing cache, others
+            one that has room for the prompt, as exact prefill makes it.
     """
     cuts = [*range(0, tokens - 1, step), tokens - 1]
-    keys, values = (shape.keys(tokens - 1) for _ in range(2))
+    reserved, grown = KVCache(), KVCache()
+    reserved.update_and_fetch(shape.keys(tokens - 1), shape.keys(tokens - 1))
     total = dict.fromkeys(attends, 0.0)
     for start, stop in itertools.pairwise(cuts):
         q = shape.queries(stop - start)
-        k, v = KVCache().update_and_fetch(keys[:, :, :stop], values[:, :, :stop])
-        mx.eval(k, v)
+        reserved.offset = stop
+        new = (x[:, :, start:stop] for x in (reserved.keys, reserved.values))
+        grown.update_and_fetch(*new)
+        mx.eval(grown.state)
         for name, attend in attends.items():
-            total[name] += seconds_a_call(lambda x, _, a=attend, k=k, v=v: a(x, k, v), q)
+            kv = grown if name == "dense" else reserved
+            total[name] += seconds_a_call(lambda x, _, a=attend, kv=kv: a(x, kv), q)
     return total
 
 
@@ -133,12 +149,13 @@ def decode_seconds(
     sets = max(1, min(_MAX_KEY_SETS, key_bytes // shape.kv_bytes(tokens)))
     caches = []
     for _ in range(sets):
-        keys, values = (shape.keys(tokens) for _ in range(2))
-        caches.append(KVCache().update_and_fetch(keys, values))
-        mx.eval(caches[-1])
+        kv = KVCache()
+        kv.update_and_fetch(*(shape.keys(tokens) for _ in range(2)))
+        mx.eval(kv.state)
+        caches.append(kv)
     q = shape.queries(1)
     return {
-        name: seconds_a_call(lambda x, index, a=attend: a(x, *caches[index % sets]), q)
+        name: seconds_a_call(lambda x, index, a=attend: a(x, caches[index % sets]), q)
         for name, attend in attends.items()
     }
 

@@ -8,7 +8,6 @@ KV cache and an `ArraysCache`; so everything that the router remembers of a row 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -35,8 +34,7 @@ class CacheList(RouterState, StockCacheList):
 
     _padding: list[int] | None = None  # left padding of a batch's rows on the host; None: read it again
     pinned: int | None = None  # prompt tokens of the exact prefill under way: no call routes anew
-    decoder_key: tuple[int, int] | None = None  # (L, capacity) that `decoder` is for
-    decoder: Callable[..., mx.array] | None = None  # a prepared kernel for short sparse calls
+    short_calls: Any = None  # `flux_mlx.short_calls.ShortCalls` of this cache, once there was one
     drops_early = False  # in it, keys that a sparse layer sees no more may go at once
 
     @classmethod

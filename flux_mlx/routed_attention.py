@@ -7,7 +7,7 @@ keeps its projections, norms and rotary embedding: `flux_mlx.families` is that s
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -15,14 +15,14 @@ from mlx.utils import tree_map
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache
 
-from flux_mlx import cuda_kernels, kernel_policy, kernels
 from flux_mlx.attention import sparse_attention
 from flux_mlx.cache import CacheList
 from flux_mlx.families import project, project_queries, rotate
 from flux_mlx.router import decide, is_sparse, pool_queries
 from flux_mlx.router_state import RESTLESS
 from flux_mlx.router_training import Samples, attend_training
-from flux_mlx.spec import PatternConfig, Route
+from flux_mlx.short_calls import ShortCalls
+from flux_mlx.spec import Route
 from flux_mlx.streaming import compact
 from flux_mlx.window_cache import WindowKVCache
 
@@ -169,15 +169,10 @@ class RoutedAttention:
         offset = kv.offset
         q, k, v = (part.swapaxes(1, 2) for part in project(self, x))  # [1, H, L, D]
         q, k = rotate(self, q, offset), rotate(self, k, offset)
-        keys, values = kv.update_and_fetch(k, v)
-        key = (q.shape[2], kv.keys.shape[2])
-        if cache.decoder_key != key:
-            cache.decoder_key = key
-            cache.decoder = find_decoder(q, keys, values, kv, self.flux.pattern, self.scale)
-        if cache.decoder is not None:
-            return self.o_proj(cache.decoder(q, kv.keys, kv.values, kv.offset))
-        out = sparse_attention(q, keys, values, self.flux.pattern, scale=self.scale)
-        return self.o_proj(out.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+        kv.update_and_fetch(k, v)
+        if cache.short_calls is None:
+            cache.short_calls = ShortCalls()
+        return self.o_proj(cache.short_calls(q, kv, self.flux.pattern, self.scale))
 
     def attend_uncached(self, x: mx.array, mask: Any) -> mx.array:
         """Attention over whole rows without a cache, each routed by itself: `mlx_lm.perplexity`, calibration.
@@ -219,16 +214,11 @@ class RoutedAttention:
                 k, v = (tuple(compact(part, pattern, q.shape[2]) for part in x) for x in (k, v))
             sizes = {"group_size": cache.kv.group_size, "bits": cache.kv.bits}
             k, v = (mx.dequantize(*x, **sizes).astype(q.dtype) for x in (k, v))
-        return sparse_attention(q, k, v, pattern, prompt_tokens=prompt_tokens, scale=self.scale)
-
-
-def find_decoder(
-    q: mx.array, keys: mx.array, values: mx.array, kv: KVCache, pattern: PatternConfig, scale: float
-) -> Callable[..., mx.array] | None:
-    """A prepared kernel for sparse calls of q's shape over the buffers of `kv`; None: `sparse_attention` decides."""
-    if kernel_policy.choose(q, keys, values, pattern) != "cuda":
-        return None
-    return cuda_kernels.decoder(q.shape, kv.keys.shape, kernels.dtype_name(q), pattern, scale, Route.SPARSE)
+        kv_tokens = None
+        if cache is not None and type(cache.kv) is KVCache and len(k) == len(cache.kv.keys):
+            k, v, kv_tokens = cache.kv.keys, cache.kv.values, cache.kv.offset
+        options = {"prompt_tokens": prompt_tokens, "scale": self.scale, "kv_tokens": kv_tokens}
+        return sparse_attention(q, k, v, pattern, **options)
 
 
 class RowGroup(NamedTuple):
