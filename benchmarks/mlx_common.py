@@ -17,13 +17,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from flux_mlx.benchmark import length, prepare_cuda
+from flux_mlx.benchmark import length
 from flux_mlx.benchmark_compare import in_turn
 from flux_mlx.benchmark_models import BITS, SHAPES, random_model
 from flux_mlx.benchmark_report import check_target, hardware, versions, write_json
 from flux_mlx.benchmark_routes import make_routers_decide, spread_full_layers
 from flux_mlx.benchmark_runs import Run, Work
 from flux_mlx.benchmark_text import Prompts, read_text, word_ids
+from flux_mlx.cuda_settings import prepare_cuda
 from flux_mlx.models import apply, routed_layers, set_route
 from flux_mlx.spec import FluxConfig, PatternConfig
 

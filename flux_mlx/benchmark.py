@@ -28,6 +28,7 @@ from flux_mlx.benchmark_report import (
 )
 from flux_mlx.benchmark_routes import make_routers_decide, spread_full_layers
 from flux_mlx.benchmark_text import Prompts, read_text, word_ids
+from flux_mlx.cuda_settings import prepare_cuda
 from flux_mlx.generate import add_kv_policy_argument, add_route_arguments
 from flux_mlx.models import FluxModel, apply, routed_layers, set_kv_policy, set_route
 from flux_mlx.safe_loading import load_without_code
@@ -37,9 +38,6 @@ from flux_mlx.spec.config import PATTERNS
 LENGTHS_TOKENS = (512, 2048, 8192, 32768)
 CPU_LENGTHS_TOKENS = (512, 1024, 2048)
 SHAPE_OMEGA = 0.7
-CUDA_SETTINGS = {"MLX_CUDA_SDPA_CACHE_SIZE": "4096", "MLX_CUDA_GRAPH_CACHE_SIZE": "2000"}
-"""MLX's CUDA backend keeps a plan for each shape of attention and a graph for each sequence of kernels, 256 and 400 by
-default, and ends a process that needs twice as many: many lengths in one process do."""
 _UNITS = {"K": 1 << 10, "M": 1 << 20}
 
 
@@ -73,12 +71,6 @@ def _share(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"expected a share in [0, 1], got {text!r}")
     return value
-
-
-def prepare_cuda() -> None:
-    """Put `CUDA_SETTINGS` into the environment, but for what the user set. Call it before MLX computes anything."""
-    for name, value in CUDA_SETTINGS.items():
-        os.environ.setdefault(name, value)
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
