@@ -17,17 +17,16 @@ from cuda_reference.export_ptx import DTYPES, FOLDER, HEAD_DIMS, PTX_VERSION, as
 from flux_mlx.cuda_catalog import DECODE_ROWS, Compiled
 
 SOURCE = Path(__file__).parent / "cuda" / "decode.cu"
-HEADER = SOURCE.with_name("warp.cuh")
+HEADERS = tuple(SOURCE.with_name(name) for name in ("span.cuh", "warp.cuh"))
 ELEMENTS = {"bfloat16": "__nv_bfloat16", "float16": "__half"}
 OPTIONS = ("-std=c++17", "-ftz=true", "-prec-div=false")
 INPUTS, OUTPUTS = ("q", "k", "v", "route", "tickets"), ("out", "work")
 ARCHITECTURES = {"cubin": "sm_90", "ptx": "sm_80"}
-THREADS = 256
 
 
 def source_hash() -> str:
     """Fingerprint of the kernel's text and of the options that it is compiled with."""
-    parts = [SOURCE.read_bytes(), HEADER.read_bytes(), " ".join(OPTIONS).encode()]
+    parts = [*(path.read_bytes() for path in (SOURCE, *HEADERS)), " ".join(OPTIONS).encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
@@ -72,7 +71,7 @@ def export(dtype: str, head_dim: int, suffix: str) -> tuple[Compiled, bytes]:
         outputs=OUTPUTS,
         scalars=scalars(),
         rows=DECODE_ROWS,
-        threads=THREADS,
+        threads=int(re.search(r"\.maxntid (\d+)", ptx).group(1)),
         shared_bytes=0,
         scratch_bytes=0,
     )

@@ -24,9 +24,8 @@ LOG2_E = 1.4426950408889634
 
 _MANIFESTS = ("manifest.json", "manifest_decode.json")
 _TILE_TOKENS = 128  # rows and keys of the Hopper kernel's tiles
-_DECODE_KEYS = 128  # keys that a decode block takes at once
+_DECODE_KEYS = 144  # keys that a decode block takes at once: 16 a warp
 _MAX_SPLITS = 64
-_BLOCKS_PER_MULTIPROCESSOR = 2
 _INT32_LIMIT = 1 << 31
 
 Shape = tuple[int, ...]
@@ -234,15 +233,15 @@ def decode_groups(q: Shape, kv_heads: int) -> int:
 
 
 def decode_splits(device: Device, groups: int, visible_tokens: int) -> int:
-    """Pieces of the visible keys: as many blocks as run at once, but none takes less than all its warps do at once."""
-    most = max(1, _BLOCKS_PER_MULTIPROCESSOR * device.multiprocessors // groups)
-    return min(_MAX_SPLITS, most, _ceil_div(visible_tokens, _DECODE_KEYS))
+    """Pieces of the visible keys: a block a multiprocessor, but none takes less than its warps do at once."""
+    return min(_MAX_SPLITS, max(1, device.multiprocessors // groups), _ceil_div(visible_tokens, _DECODE_KEYS))
 
 
 @lru_cache
 def decode(
-    kernel: Compiled, device: Device, q: Shape, k: Shape, pattern: PatternConfig, scale: float, visible_tokens: int
-) -> Launch:
+    kernel: Compiled, device: Device, q: Shape, k: Shape, pattern: PatternConfig, scale: float, visible_tokens: int,
+    route_of_all: int,
+) -> Launch:  # fmt: skip
     """Launch of the decode kernel; `kv_tokens` and `slot` are its late scalars.
 
     Args:
@@ -250,13 +249,15 @@ def decode(
         k: `[B, HKV, capacity, D]`.
         pattern: Sink and window of SPARSE rows.
         visible_tokens: Keys that the queries of a row see at most.
+        route_of_all: Code of the route of all rows; 0: each has its own, which the kernel reads.
     """
     (B, HQ, L, D), (HKV, capacity) = q, k[1:3]
     groups = decode_groups(q, HKV)
     splits = decode_splits(device, groups, visible_tokens)
     values = {
         "kv_heads": HKV, "group": HQ // HKV, "q_tokens": L, "capacity": capacity, "block_size": pattern.block_size,
-        "window_blocks": pattern.window_blocks, "sink_span": pattern.sink_span, "scale": scale,
+        "window_blocks": pattern.window_blocks, "sink_span": pattern.sink_span,
+        "route_of_all": route_of_all, "scale": scale,
     }  # fmt: skip
     work = lse_offset(q, HKV, splits) + B * HQ * L
     return Launch(

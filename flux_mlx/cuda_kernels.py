@@ -96,6 +96,11 @@ def _route_codes(codes: tuple[int, ...]) -> mx.array:
     return route
 
 
+def _route_of_all(route: mx.array | tuple[int, ...]) -> int:
+    """The route that all rows are known to have; 0 (UNSET) if they differ or only the device knows."""
+    return int(route[0]) if isinstance(route, tuple) and len(set(route)) == 1 else int(Route.UNSET)
+
+
 @cache
 def _tickets(groups: int) -> tuple[mx.array, Iterator[int]]:
     """What decode's blocks count in: zeros of `DECODE_SLOTS` slots, and the slots in turn.
@@ -224,7 +229,8 @@ def routed_attention(
         raise ValueError(
             f"[cuda_kernels] expected L <= kv_tokens <= keys in the buffer, got {q.shape[2]}, {tokens}, {k.shape[2]}."
         )
-    is_sparse = isinstance(route, tuple) and set(route) == {int(Route.SPARSE)}
+    of_all = _route_of_all(route)
+    is_sparse = of_all == Route.SPARSE
     if isinstance(route, tuple):
         route = _route_codes(route * q.shape[0] if len(route) == 1 else route)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -232,7 +238,7 @@ def routed_attention(
         k, v = (streaming.compact(x[:, :, :tokens], pattern, q.shape[2]) for x in (k, v))
         tokens = k.shape[2]
     if q.shape[2] <= cuda_catalog.DECODE_TOKENS:
-        return _decode(q, k, v, route, pattern, scale, tokens, is_sparse, run)
+        return _decode(q, k, v, route, pattern, scale, tokens, of_all, run)
     return _prefill(q, k, v, route, pattern, scale, tokens, is_sparse, family, run)
 
 
@@ -263,8 +269,7 @@ def decoder(
     if problem := shape_refusal(q_shape, k_shape, dtype_name, pattern):
         raise ValueError(f"[decoder] {problem}.")
     codes = tuple(int(code) for code in route) if isinstance(route, tuple) else (int(route),) * B
-    is_sparse = set(codes) == {int(Route.SPARSE)}
-    prepared = run(_decode_launch(q_shape, k_shape, dtype_name, pattern, scale, k_shape[2], is_sparse))
+    prepared = run(_decode_launch(q_shape, k_shape, dtype_name, pattern, scale, k_shape[2], _route_of_all(codes)))
     codes, (tickets, slots) = _route_codes(codes), _tickets(cuda_catalog.decode_groups(q_shape, k_shape[1]))
 
     def decode_one(q: mx.array, k: mx.array, v: mx.array, kv_tokens: int) -> mx.array:
@@ -295,20 +300,20 @@ def _prefill(
 
 def _decode_launch(
     q: tuple[int, ...], k: tuple[int, ...], dtype: str, pattern: PatternConfig, scale: float, kv_tokens: int,
-    is_sparse: bool,
+    route_of_all: int,
 ) -> Launch:  # fmt: skip
     kernel = cuda_catalog.find(dtype, q[3], pattern.block_size, device(), "decode")
     span = pattern.window_span + pattern.sink_span + q[2] - 1  # of all L queries
-    visible = min(kv_tokens, span) if is_sparse else kv_tokens
-    return cuda_catalog.decode(kernel, device(), q, k, pattern, scale, visible)
+    visible = min(kv_tokens, span) if route_of_all == Route.SPARSE else kv_tokens
+    return cuda_catalog.decode(kernel, device(), q, k, pattern, scale, visible, route_of_all)
 
 
 def _decode(
     q: mx.array, k: mx.array, v: mx.array, route: mx.array, pattern: PatternConfig, scale: float, kv_tokens: int,
-    is_sparse: bool, run: Run,
+    route_of_all: int, run: Run,
 ) -> tuple[mx.array, mx.array]:  # fmt: skip
     (B, HQ, L, D), kv_heads = q.shape, k.shape[1]
-    launch = _decode_launch(tuple(q.shape), tuple(k.shape), _dtype_name(q), pattern, scale, kv_tokens, is_sparse)
+    launch = _decode_launch(tuple(q.shape), tuple(k.shape), _dtype_name(q), pattern, scale, kv_tokens, route_of_all)
     tickets, slots = _tickets(cuda_catalog.decode_groups(tuple(q.shape), kv_heads))
     out, work = run(launch)([q.swapaxes(1, 2), k, v, route, tickets], (kv_tokens, next(slots)))
     low = cuda_catalog.lse_offset(tuple(q.shape), kv_heads, launch.blocks[0])

@@ -18,7 +18,7 @@ from flux_mlx.spec import PatternConfig, Route
 from parity_tests.host_shim.cuda_source import HostCuda
 from parity_tests.host_shim.run import SCHEDULES, HostError
 
-AMPERE, H100 = Device(8, 0, 6, 1 << 20), Device(9, 0, 132, 50 << 20)
+AMPERE, H100 = Device(8, 0, 12, 1 << 20), Device(9, 0, 132, 50 << 20)
 DECODE_PATTERN = PatternConfig(block_size=16, sink_tokens=16, window_tokens=48)
 PREFILL_PATTERN = PatternConfig(block_size=64, sink_tokens=64, window_tokens=128)
 TOLERANCE = kernel_self_test.TOLERANCE
@@ -210,9 +210,10 @@ def test_which_kernel_runs_where(device, family, block, name):
 
 
 def test_decode_splits():
-    """Two blocks a multiprocessor at most, and no more than have 128 keys each."""
-    assert cuda_catalog.decode_splits(H100, 8, 128 + 2048) == 17
-    assert cuda_catalog.decode_splits(H100, 8, 1 << 20) == 33
+    """A block a multiprocessor at most, and no more than have 144 keys each."""
+    assert cuda_catalog.decode_splits(H100, 8, 128 + 2048) == 16
+    assert cuda_catalog.decode_splits(H100, 8, 500) == 4
+    assert cuda_catalog.decode_splits(H100, 8, 1 << 20) == 16
     assert cuda_catalog.decode_splits(H100, 1, 1 << 20) == 64
     assert cuda_catalog.decode_splits(H100, 512, 1 << 20) == 1
     assert cuda_catalog.decode_splits(H100, 8, 1) == 1
@@ -222,7 +223,7 @@ def test_decode_launch():
     shapes = (2, 24, 3, 128), (2, 8, 512, 128)
     (kernel,) = {cuda_catalog.find("bfloat16", 128, block, H100, "decode") for block in (48, 128)}
     assert (kernel.name, kernel.suffix) == ("flux_decode_bfloat16_d128", "cubin")
-    launch = cuda_catalog.decode(kernel, H100, *shapes, DECODE_PATTERN, 0.1, 512)
+    launch = cuda_catalog.decode(kernel, H100, *shapes, DECODE_PATTERN, 0.1, 512, 0)
     assert launch.blocks == (4, 8 * 2, 2)  # 9 rows of a KV head are two chunks
     parts = 4 * 8 * 2 * 2 * 8
     assert cuda_catalog.lse_offset(shapes[0], 8, 4) == parts * 130
@@ -327,7 +328,7 @@ MUTATIONS = {
     "no barrier before warps are merged": ("  store(part, tile);\n  __syncthreads();\n", "  store(part, tile);\n"),
     "no barrier behind the ticket": ("  __syncthreads();\n  return tile.is_last;", "  return tile.is_last;"),
     "merged by the first to come": ("gridDim.x - 1) == gridDim.x - 1;", "gridDim.x - 1) == 0;"),
-    "tickets kept": ("atomicInc(ticket, gridDim.x - 1)", "atomicInc(ticket, gridDim.x + 7)"),
+    "tickets kept": ("take_ticket(ticket, gridDim.x - 1)", "take_ticket(ticket, gridDim.x + 7)"),
     "tickets of other rows": ("is_last(tickets + group, tile)", "is_last(tickets, tile)"),
     "maximum of half the keys": ("  top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));\n", ""),
     "sum of half the keys": ("total += __shfl_xor_sync(kAllLanes, total, 2);", ""),

@@ -1,7 +1,7 @@
 // Attention of 1 to 8 new queries over a long cache, read in place, in one launch.
 //
 // q and out [B, L, HQ, D], k and v [B, HKV, capacity, D], dense; D is FLUX_D, elements are FLUX_T (__nv_bfloat16 or
-// __half), the entry is FLUX_ENTRY. Grid: (splits, HKV * chunks, B) blocks of 256 threads.
+// __half), the entry is FLUX_ENTRY. Grid: (splits, HKV * chunks, B) blocks of 9 warps.
 //
 // The L queries of the GROUP heads that share a KV head are rows; a block takes 8 of them (rows past the last repeat
 // it), so that a key is read once for all. The keys that any query sees are numbered 0..n-1 (sink, then window) and cut
@@ -10,99 +10,19 @@
 //
 // The blocks of the same rows leave their parts in `work` and take a ticket; the last to come merges the parts. Tickets
 // count in the caller's array, zero before and after every launch: launches that may run at once need slots of their own.
+#include "span.cuh"
 #include "warp.cuh"
 
 namespace flux {
 
-constexpr int kWarps = 8;
-constexpr int kRows = 8;  // of a block: columns of a matrix product
-constexpr int kTileKeys = 16;  // of a warp at once
+constexpr int kWarps = 9;  // 16 splits of 9 * 16 keys, 128 blocks of 8 KV heads, hold the default pattern on an H100
+constexpr int kSplitsAtOnce = 8;  // whose parts are loaded before the first is merged
 constexpr int kNowhere = 0x7fffffff;  // a position that no query sees
 constexpr int kRouteSparse = 2;  // code of flux_mlx.spec.Route
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kNoScore = -1e30f;  // below every score; its differences are finite
-
-struct Shape {
-  unsigned kv_heads, group, q_tokens;
-  int kv_tokens, capacity;
-};
-
-struct Pattern {
-  unsigned block_size;
-  int window_blocks, sink_span;
-};
-
-// What a query sees: keys [0, sink_end) and [window_begin, its own position].
-struct Span {
-  int sink_end;
-  int window_begin;
-};
-
-__device__ inline Span span_of(const Pattern& pattern, unsigned q_pos, bool is_sparse) {
-  const int first_block = is_sparse ? int(q_pos / pattern.block_size) - pattern.window_blocks + 1 : 0;
-  const int begin = first_block > 0 ? first_block * int(pattern.block_size) : 0;
-  return {begin < pattern.sink_span ? begin : pattern.sink_span, begin};
-}
-
-// Where a block is: its KV head, its first row and how many rows it has.
-struct Seat {
-  unsigned kv_head, first_row, rows;
-};
-
-__device__ inline Seat seat_of(const Shape& shape) {
-  const unsigned rows = shape.group * shape.q_tokens, chunks = (rows + kRows - 1) / kRows;
-  const unsigned kv_head = blockIdx.y / chunks, first_row = (blockIdx.y - kv_head * chunks) * kRows;
-  return {kv_head, first_row, rows - first_row < kRows ? rows - first_row : kRows};
-}
-
-// A row of a block: its head and query, and where it lies in q and out (in rows of D). Rows past the last repeat it.
-struct Row {
-  unsigned head, query;
-  int64_t token;
-};
-
-__device__ inline Row row_of(const Shape& shape, const Seat& seat, unsigned r) {
-  const unsigned index = seat.first_row + (r < seat.rows ? r : seat.rows - 1), query = index % shape.q_tokens;
-  const unsigned heads = shape.kv_heads * shape.group, head = seat.kv_head * shape.group + index / shape.q_tokens;
-  return {head, query, (int64_t(blockIdx.z) * shape.q_tokens + query) * heads + head};
-}
-
-// A query: its position and what it sees.
-struct Query {
-  int position;
-  Span span;
-};
-
-__device__ inline Query query_of(const Shape& shape, const Pattern& pattern, int query, bool is_sparse) {
-  const int position = shape.kv_tokens - shape.q_tokens + query;
-  return {position, span_of(pattern, position, is_sparse)};
-}
-
-__device__ inline bool sees(const Query& query, int position) {
-  return position <= query.position && (position < query.span.sink_end || position >= query.span.window_begin);
-}
-
-// The keys [begin, end) of a split, by number; those below sink_end are the sink's.
-struct Piece {
-  int begin;
-  int end;
-  Span span;
-};
-
-__device__ inline Piece piece_of(const Span& span, int kv_tokens) {
-  const int visible = span.sink_end + kv_tokens - span.window_begin;
-  const int size = ((visible + gridDim.x - 1) / gridDim.x + kTileKeys - 1) / kTileKeys * kTileKeys;
-  const int begin = int(blockIdx.x) * size < visible ? int(blockIdx.x) * size : visible;
-  return {begin, begin + size < visible ? begin + size : visible, span};
-}
-
-// Position of a key by number; numbers past the end are the piece's first key.
-__device__ inline int position_of(const Piece& piece, int number) {
-  const int known = number < piece.end ? number : piece.begin;
-  return known < piece.span.sink_end ? known : piece.span.window_begin + known - piece.span.sink_end;
-}
 
 template <typename T>
 __device__ uint32_t packed(float low, float high) {
@@ -227,11 +147,13 @@ __device__ void see_keys(
 }
 
 // Scratch of a block: of each warp and row D outputs (4 more keep rows in banks of their own), the maximum and the sum.
+// And its rows.
 template <int D>
 struct alignas(16) Tile {
   float out[kWarps][kRows][D + 4];
   float top[kWarps][kRows];
   float total[kWarps][kRows];
+  Row rows[kRows];
   bool is_last;
 };
 
@@ -304,15 +226,15 @@ __device__ void write_part(const Tile<D>& tile, const Seat& seat, const Work& wo
     return;
   }
   Merged merged = {{}, kNoScore, 0.0f};
-  #pragma unroll 4
+  #pragma unroll 3
   for (int w = 0; w < kWarps; w++) {
     const float4 out = *reinterpret_cast<const float4*>(&tile.out[w][item.r][item.channel]);
     merge(merged, tile.top[w][item.r], tile.total[w][item.r], out);
   }
   const int64_t slot = (group * gridDim.x + blockIdx.x) * kRows + item.r;
-  *reinterpret_cast<float4*>(work.out + slot * D + item.channel) = merged.out;
+  __stcg(reinterpret_cast<float4*>(work.out + slot * D + item.channel), merged.out);
   if (item.channel == 0) {
-    *reinterpret_cast<float2*>(work.stats + 2 * slot) = make_float2(merged.top, merged.total);
+    __stcg(reinterpret_cast<float2*>(work.stats + 2 * slot), make_float2(merged.top, merged.total));
   }
 }
 
@@ -321,38 +243,40 @@ template <int D>
 __device__ bool is_last(unsigned* ticket, Tile<D>& tile) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
-    tile.is_last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;  // back at 0 after the last
-    __threadfence();
+    tile.is_last = take_ticket(ticket, gridDim.x - 1) == gridDim.x - 1;
   }
   __syncthreads();
   return tile.is_last;
 }
 
+// The rows, merged from the parts of all splits.
 template <typename T, int D>
-__device__ void write_rows(const Work& work, const Shape& shape, const Seat& seat, int64_t group, T* out) {
+__device__ void write_rows(const Tile<D>& tile, const Seat& seat, const Work& work, int64_t group, T* out) {
   const Item item = item_of<D>();
   if (item.r >= seat.rows) {
     return;
   }
-  const int64_t slot = group * gridDim.x * kRows + item.r;
+  const int splits = gridDim.x;
+  const int64_t slot = group * splits * kRows + item.r;
   const float4* outs = reinterpret_cast<const float4*>(work.out + slot * D + item.channel);
   const float2* stats = reinterpret_cast<const float2*>(work.stats + 2 * slot);
   Merged merged = {{}, kNoScore, 0.0f};
-  #pragma unroll 4
-  for (int split = 0; split < int(gridDim.x); split++) {
-    const float2 top_total = __ldcg(stats);
-    merge(merged, top_total.x, top_total.y, __ldcg(outs));
-    outs += kRows * D / 4;
-    stats += kRows;
+  for (int first = 0; first < splits; first += kSplitsAtOnce) {
+    #pragma unroll
+    for (int i = 0; i < kSplitsAtOnce; i++) {
+      const int split = first + i < splits ? first + i : splits - 1;
+      const float2 top_total = __ldcg(stats + split * kRows);
+      const float4 part = __ldcg(outs + split * (kRows * D / 4));
+      merge(merged, first + i < splits ? top_total.x : -INFINITY, top_total.y, part);
+    }
   }
-  const Row row = row_of(shape, seat, item.r);
   const float scale = 1.0f / merged.total;
-  *reinterpret_cast<uint2*>(out + row.token * D + item.channel) = make_uint2(
-      packed<T>(merged.out.x * scale, merged.out.y * scale), packed<T>(merged.out.z * scale, merged.out.w * scale));
+  __stcg(
+      reinterpret_cast<uint2*>(out + tile.rows[item.r].token * D + item.channel),
+      make_uint2(
+          packed<T>(merged.out.x * scale, merged.out.y * scale), packed<T>(merged.out.z * scale, merged.out.w * scale)));
   if (item.channel == 0) {
-    const int64_t head = int64_t(blockIdx.z) * shape.kv_heads * shape.group + row.head;
-    work.lse[head * shape.q_tokens + row.query] = (merged.top + log2f(merged.total)) * kLn2;
+    work.lse[tile.rows[item.r].lse] = (merged.top + log2f(merged.total)) * kLn2;
   }
 }
 
@@ -371,6 +295,9 @@ __device__ void decode(
   for (int s = 0; s < D / 32; s++) {
     queries[s] = load_once(query_row + 32 * s);
   }
+  if (threadIdx.x < 32 && threadIdx.x % 4 == 0) {
+    tile.rows[threadIdx.x / 4] = row;
+  }
   Partial<D> part = {{}, kNoScore, 0.0f};
   #pragma unroll 1
   for (int first = piece.begin + int(threadIdx.x / 32) * kTileKeys; first < piece.end; first += kWarps * kTileKeys) {
@@ -382,21 +309,22 @@ __device__ void decode(
   __syncthreads();
   write_part(tile, seat, work, group);
   if (is_last(tickets + group, tile)) {
-    write_rows<T, D>(work, shape, seat, group, out);
+    write_rows<T, D>(tile, seat, work, group, out);
   }
 }
 
 }  // namespace flux
 
-// route: int32 [B]. tickets: [slots, B * HKV * chunks], zeros. work: float32, see flux::Work.
+// route: int32 [B], read where route_of_all is 0. tickets: [slots, B * HKV * chunks], zeros. work: see flux::Work.
 extern "C" __global__ void __launch_bounds__(flux::kWarps * 32) FLUX_ENTRY(
     const FLUX_T* __restrict__ q, const FLUX_T* __restrict__ k, const FLUX_T* __restrict__ v,
     const int* __restrict__ route, unsigned* tickets, FLUX_T* out, float* work, int kv_heads, int group, int q_tokens,
-    int capacity, int block_size, int window_blocks, int sink_span, float scale, int kv_tokens, int slot) {
+    int capacity, int block_size, int window_blocks, int sink_span, int route_of_all, float scale, int kv_tokens,
+    int slot) {
   __shared__ flux::Tile<FLUX_D> tile;
   const flux::Shape shape = {unsigned(kv_heads), unsigned(group), unsigned(q_tokens), kv_tokens, capacity};
   const flux::Pattern pattern = {unsigned(block_size), window_blocks, sink_span};
-  const bool is_sparse = route[blockIdx.z] == flux::kRouteSparse;
+  const bool is_sparse = (route_of_all ? route_of_all : route[blockIdx.z]) == flux::kRouteSparse;
   tickets += int64_t(slot) * gridDim.y * gridDim.z;
   flux::decode<FLUX_T, FLUX_D>(q, k, v, is_sparse, tickets, out, work, shape, pattern, scale, tile);
 }

@@ -1,4 +1,4 @@
-// What the kernels take from CUDA: pairs of 16-bit numbers and a warp's matrix product. The host shim has its own.
+// What the decode kernel writes in PTX. The host shim has its own.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -35,6 +35,14 @@ __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Counts up, and from `highest` back to 0; the count before. What the block wrote before a barrier in front of this is
+// seen by the block of a later ticket behind its barrier.
+__device__ inline unsigned take_ticket(unsigned* counter, unsigned highest) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(highest) : "memory");
+  return before;
 }
 
 }  // namespace flux

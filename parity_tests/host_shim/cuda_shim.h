@@ -41,13 +41,9 @@ template <typename T>
 inline T __ldcg(const T* source) {
   return *source;
 }
-
-inline void __threadfence() {}
-
-inline unsigned atomicInc(unsigned* counter, unsigned highest) {
-  const unsigned before = *counter;
-  *counter = before >= highest ? 0 : before + 1;
-  return before;
+template <typename T>
+inline void __stcg(T* target, T value) {
+  *target = value;
 }
 
 inline void __syncwarp(int line = __builtin_LINE()) { metal::simdgroup_barrier(metal::mem_flags::mem_none, line); }
@@ -91,6 +87,12 @@ struct alignas(16) Pack {
 inline Pack load_once(const void* source) {
   if ((uintptr_t)source % sizeof(Pack)) lockstep::fail("cuda_shim: a load of 16 bytes that are not aligned");
   return *(const Pack*)source;
+}
+
+inline unsigned take_ticket(unsigned* counter, unsigned highest) {
+  const unsigned before = *counter;
+  *counter = before >= highest ? 0 : before + 1;
+  return before;
 }
 
 template <typename T>

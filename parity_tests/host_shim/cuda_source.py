@@ -30,7 +30,10 @@ def host_text(kernel: Compiled, mutation: tuple[str, str] = ("", "")) -> str:
     Raises:
         ValueError: The text is not there.
     """
+    span, warp = export_decode.HEADERS
     source, (before, after) = export_decode.SOURCE.read_text(), mutation
+    source = source.replace(f'#include "{span.name}"', span.read_text().replace("#pragma once", ""))
+    source = source.replace(f'#include "{warp.name}"', "")
     if before not in source:
         raise ValueError(f"[host_text] expected {before!r} in {export_decode.SOURCE.name}, and it is not there.")
     if before:
@@ -43,8 +46,9 @@ def host_text(kernel: Compiled, mutation: tuple[str, str] = ("", "")) -> str:
     macros = {"FLUX_T": _TYPES[kernel.dtype], "FLUX_D": kernel.head_dim, "FLUX_ENTRY": kernel.name}
     return "\n".join(
         [
+            '#include "cuda_shim.h"',
             *(f"#define {name} {value}" for name, value in macros.items()),
-            source.replace(f'#include "{export_decode.HEADER.name}"', '#include "cuda_shim.h"'),
+            source,
             '#include "driver.h"',
             f"static void flux_entry(void** buffers) {{ {kernel.name}({', '.join(arguments)}); }}\n",
         ]
@@ -59,7 +63,7 @@ class HostCuda:
         sanitize: Run decode under AddressSanitizer and UBSan.
         timeout_s: Longest run of decode.
         schedule: Of decode's threads and blocks, one of `host_shim.run.SCHEDULES`.
-        mutation: (text, its replacement) in `decode.cu`: a mistake that a test must find.
+        mutation: (text, its replacement) in `decode.cu` or `span.cuh`: a mistake that a test must find.
     """
 
     sanitize: bool = False
