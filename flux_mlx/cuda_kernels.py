@@ -269,7 +269,7 @@ def decoder(
     if problem := shape_refusal(q_shape, k_shape, dtype_name, pattern):
         raise ValueError(f"[decoder] {problem}.")
     codes = tuple(int(code) for code in route) if isinstance(route, tuple) else (int(route),) * B
-    prepared = run(_decode_launch(q_shape, k_shape, dtype_name, pattern, scale, k_shape[2], _route_of_all(codes)))
+    prepared = run(_decode_launch(q_shape, k_shape, dtype_name, pattern, scale, _route_of_all(codes)))
     codes, (tickets, slots) = _route_codes(codes), _tickets(cuda_catalog.decode_groups(q_shape, k_shape[1]))
 
     def decode_one(q: mx.array, k: mx.array, v: mx.array, kv_tokens: int) -> mx.array:
@@ -299,12 +299,12 @@ def _prefill(
 
 
 def _decode_launch(
-    q: tuple[int, ...], k: tuple[int, ...], dtype: str, pattern: PatternConfig, scale: float, kv_tokens: int,
-    route_of_all: int,
-) -> Launch:  # fmt: skip
+    q: tuple[int, ...], k: tuple[int, ...], dtype: str, pattern: PatternConfig, scale: float, route_of_all: int
+) -> Launch:
+    """The same at every length of a cache within its capacity: so are the splits, and with them the bits of out."""
     kernel = cuda_catalog.find(dtype, q[3], pattern.block_size, device(), "decode")
     span = pattern.window_span + pattern.sink_span + q[2] - 1  # of all L queries
-    visible = min(kv_tokens, span) if route_of_all == Route.SPARSE else kv_tokens
+    visible = span if route_of_all == Route.SPARSE else k[2]
     return cuda_catalog.decode(kernel, device(), q, k, pattern, scale, visible, route_of_all)
 
 
@@ -313,7 +313,7 @@ def _decode(
     route_of_all: int, run: Run,
 ) -> tuple[mx.array, mx.array]:  # fmt: skip
     (B, HQ, L, D), kv_heads = q.shape, k.shape[1]
-    launch = _decode_launch(tuple(q.shape), tuple(k.shape), _dtype_name(q), pattern, scale, kv_tokens, route_of_all)
+    launch = _decode_launch(tuple(q.shape), tuple(k.shape), _dtype_name(q), pattern, scale, route_of_all)
     tickets, slots = _tickets(cuda_catalog.decode_groups(tuple(q.shape), kv_heads))
     out, work = run(launch)([q.swapaxes(1, 2), k, v, route, tickets], (kv_tokens, next(slots)))
     low = cuda_catalog.lse_offset(tuple(q.shape), kv_heads, launch.blocks[0])

@@ -32,6 +32,43 @@ def test_a_sliced_cache_and_its_buffer_give_the_same_bits(q_tokens):
     assert mx.array_equal(sliced, whole).item()
 
 
+def test_a_decoder_gives_the_bits_of_the_public_function_call_by_call_and_at_once():
+    keys, values = draw(1, 2, 1024, 128), draw(1, 2, 1024, 128)
+    queries = [draw(1, 8, 1, 128) for _ in range(64)]
+    decode = cuda_kernels.decoder((1, 8, 1, 128), (1, 2, 1024, 128), "bfloat16", PATTERN, 128**-0.5, Route.SPARSE)
+    wanted = []
+    for q in queries:
+        wanted.append(cuda_kernels.sparse_attention(q, keys, values, PATTERN, kv_tokens=900)[0].reshape(1, 1, -1))
+        mx.eval(wanted[-1])
+    for _ in range(20):  # more calls than there are slots
+        found = [decode(q, keys, values, 900) for q in queries]
+        mx.eval(found)
+        assert all(mx.array_equal(a, b).item() for a, b in zip(found, wanted, strict=True))
+
+
+def test_decode_beside_stock_kernels_of_the_same_graph():
+    """Graphs of one shape, in which stock attention and ours take each other's place."""
+    k, v, q = draw(1, 2, 512, 64), draw(1, 2, 512, 64), draw(1, 8, 1, 64)
+    decode = cuda_kernels.decoder((1, 8, 1, 64), (1, 2, 512, 64), "bfloat16", PATTERN, 0.125, Route.SPARSE)
+
+    def ours(x: mx.array) -> mx.array:
+        return decode(x, k, v, 512).reshape(q.shape)
+
+    def stock(x: mx.array) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(x, k, v, scale=0.125)
+
+    def row(*calls) -> np.ndarray:
+        x = q
+        for call in calls:
+            x = call(x * 2)
+        return np.array(x.astype(mx.float32))
+
+    first = row(ours, ours, stock), row(stock, ours, ours), row(ours, stock, ours)
+    for _ in range(3):
+        again = row(ours, ours, stock), row(stock, ours, ours), row(ours, stock, ours)
+        assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
 @pytest.mark.parametrize("q_tokens", [1, 200])
 def test_routes_of_the_device_and_of_the_host_give_the_same_bits(q_tokens):
     q, k, v = draw(2, 8, q_tokens, 128), draw(2, 2, 900, 128), draw(2, 2, 900, 128)
