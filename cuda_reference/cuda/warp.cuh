@@ -19,7 +19,7 @@ __device__ inline Pack load_once(const void* source) {
   Pack pack;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(pack.words[0]), "=r"(pack.words[1]), "=r"(pack.words[2]), "=r"(pack.words[3])
-               : "l"(source));
+               : "l"(__cvta_generic_to_global(source)));
   return pack;
 }
 
@@ -41,7 +41,10 @@ __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const
 // seen by the block of a later ticket behind its barrier.
 __device__ inline unsigned take_ticket(unsigned* counter, unsigned highest) {
   unsigned before;
-  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(highest) : "memory");
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter)), "r"(highest)
+               : "memory");
   return before;
 }
 
