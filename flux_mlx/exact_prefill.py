@@ -237,9 +237,22 @@ def prefill(
 
 
 def _one_call(model: nn.Module, cache: list[Any], chunks: list[mx.array]) -> Iterator[int]:
-    """Run a prompt of one chunk; yields the layers that are done."""
+    """Run a prompt of one chunk; yields the layers that are done.
+
+    A prompt that sink and window hold needs no route: what the routers will want is kept while the device computes.
+    """
+    offset = tokens_held(cache)
+    hearing = [(cache[i], attn) for i, attn in routed_layers(model).items() if isinstance(cache[i], CacheList)]
+    tokens = chunks[0].shape[1]
+    if not all(attn.group is None and entry.is_alone() and attn.is_dense(entry, tokens) for entry, attn in hearing):
+        hearing = []
+    for entry, _ in hearing:
+        entry.is_listening = True
     inner_model(model)(chunks[0], cache)
     mx.async_eval([_keys(entry) for entry in cache])
+    for entry, attn in hearing:
+        x, entry.is_listening, entry.heard = entry.heard, False, None
+        attn.route(x, entry, offset)
     yield from range(len(cache))
 
 

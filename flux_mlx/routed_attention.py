@@ -47,10 +47,14 @@ class RoutedAttention:
     samples: Samples | None = None
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        if isinstance(cache, CacheList) and cache.calm is self.forced:
-            B, L, _ = x.shape
-            if B == 1 and self.flux.router.min_prefill_tokens > L:
-                return self.decode(x, L, mask, cache)
+        if isinstance(cache, CacheList):
+            if cache.is_listening:  # a dense call, whose route is seen to when the device has its work
+                cache.heard = x
+                return super().__call__(x, mask, cache.caches[0])
+            if cache.calm is self.forced:
+                rows, tokens, _ = x.shape
+                if rows == 1 and tokens < self.flux.router.min_prefill_tokens:
+                    return self.decode(x, tokens, mask, cache)
         if cache is None and not self.training and self.forced != Route.FULL:
             return self.attend_uncached(x, mask)
         if cache is None and self.training and self.samples is not None and self.forced is None:
@@ -64,11 +68,14 @@ class RoutedAttention:
         return self.attend(x, mask, cache)
 
     def decode(self, x: mx.array, tokens: int, mask: Any, cache: CacheList) -> mx.array:
-        """A short call of one row that changes nothing of its route. Python's time is a good part of a token's."""
+        """A short call of one row, which does not change its route. Python's time is a good part of a token's."""
         kv = cache.caches[0]
         offset = kv.offset
-        if offset >= cache.trim_at:
-            cache.trim_log()
+        if self.forced is None:
+            if not cache.is_idle:
+                cache.note(self, x, offset)
+            elif offset >= cache.trim_at:
+                cache.trim_log()
         if offset + tokens <= self.flux.pattern.dense_tokens or cache.routes[0] != Route.SPARSE:
             return super().__call__(x, mask, kv)
         if self.evicts and type(kv) is KVCache:
@@ -87,19 +94,26 @@ class RoutedAttention:
         """An empty cache for this layer."""
         return CacheList.new(self.pooled_dim, self.flux.router.pool_tokens)
 
-    def route(self, x: mx.array, cache: CacheList) -> None:
-        """Pool this call's prompt tokens and decide, unless the call is too short or the route is fixed."""
+    def route(self, x: mx.array, cache: CacheList, offset: int | None = None) -> None:
+        """Pool this call's prompt tokens and decide, unless the call is too short or the route is fixed.
+
+        Args:
+            x: `[B, L, hidden]`.
+            cache: Before the call; after it with `offset`, where it began.
+            offset: None: where the cache ends. Only for one row without padding.
+        """
         tokens, alone = x.shape[1], cache.is_alone()
         if self.forced is not None:
             cache.set_routes([self.forced] * x.shape[0])
         elif cache.pinned is None and not (cache.is_idle and tokens < self.flux.router.min_prefill_tokens):
             if alone and self.group is None:
-                cache.note(self, x)
+                cache.note(self, x, cache.offset if offset is None else offset)
             else:
                 self.route_rows(x, cache)
         if not alone:
             cache.caches[1].advance(tokens)
-        is_settled = alone and cache.pinned is None and (cache.is_idle or self.forced is not None)
+        takes_notes = self.group is None or self.forced is not None or cache.is_idle
+        is_settled = alone and cache.pinned is None and takes_notes
         cache.calm = self.forced if is_settled else RESTLESS
 
     def take_in(self, cache: CacheList, x: mx.array, tokens: int, offset: int) -> None:

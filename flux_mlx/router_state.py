@@ -83,7 +83,9 @@ class RouterState:
     caches: tuple[Any, Any]  # the KV cache, and the arrays
     offset: Any
     is_evicted: bool
-    calm: Any = RESTLESS  # the forced route (None: routed) for which a short call of the one row changes nothing here
+    calm: Any = RESTLESS  # the forced route (None: routed) of the layer for which `RoutedAttention.decode` takes short calls
+    is_listening = False  # the next call is dense, and only its input is kept: in `heard`
+    heard: mx.array | None = None
     trim_at = NEVER  # offset from which the inputs of noted calls are to be cut down to what the router reads
     _log: tuple[Call, ...] = ()  # calls not looked at yet
     _shorts = 0  # calls since the newest noted prompt that were too short to be pooled
@@ -105,14 +107,15 @@ class RouterState:
         is_plain = arrays.lengths is None and arrays.left_padding is None
         return is_plain and isinstance(self.offset, int) and arrays.cache[0].shape[0] == 1
 
-    def note(self, layer: Any, x: mx.array) -> None:
+    def note(self, layer: Any, x: mx.array, offset: int) -> None:
         """Remember a call of the one row; what it means for the route is worked out when somebody asks.
 
         Args:
             layer: Its attention module, which has `take_in`.
             x: `[1, L, hidden]`, the module's input.
+            offset: Position of its first token.
         """
-        call, router = Call(layer, x, self.offset), layer.flux.router
+        call, router = Call(layer, x, offset), layer.flux.router
         self._log += (call,)
         if call.tokens < router.min_prefill_tokens:
             self._shorts += 1
@@ -164,6 +167,7 @@ class RouterState:
         """Drop what was read or is newer than the arrays, after stock code changed them."""
         self._host = self._decision = self._routes = self._padding = self.inputs = None
         self._log, self._dirty = (), False
+        self.is_listening, self.heard = False, None
         self.wake()
 
     def _copied(self) -> dict[str, Any]:
