@@ -49,14 +49,14 @@ run() {
     layer) script mlx_sparse_layer --lengths 32K 128K --decode-lengths 4K 32K 128K 512K --json "$json" ;;
     decode-bf16) script mlx_decode --lengths 32K 128K 256K --omegas 0.7 -n 3 --json "$json" ;;
     decode-4bit) script mlx_decode --bits 4 --lengths 32K 128K 256K --omegas 0.7 0.77 -n 3 --json "$json" ;;
-    short) compare --lengths 256 512 1K 2K 4K --omega 0.7 -n 7 -g 8 --json "$json" ;;
+    short) compare --lengths 256 512 1K 2K 4K --omega 0.7 -n 15 -g 24 --json "$json" ;;
     router) script mlx_router_cost --lengths 8K -n 15 --json "$json" ;;
     exact) script mlx_exact_cost --lengths 8K 32K -n 4 --json "$json" ;;
-    bf16) compare --lengths 32K 128K --omega 0.7 -n 4 --trial-seconds 20 -g 32 --json "$json" ;;
+    bf16) compare --lengths 32K 128K --omega 0.7 -n 4 --trial-seconds 22 -g 48 --json "$json" ;;
     bf16-256k) compare --lengths 256K --omega 0.77 -n 1 -g 32 --json "$json" ;;
     million) script mlx_million --lengths 256K 1M --chunk 8192 --json "$json" ;;
     memory) script mlx_kv_memory --lengths 128K -n 1 --json "$json" ;;
-    4bit) compare --bits 4 --lengths 32K 128K --omega 0.7 -n 3 --trial-seconds 15 -g 32 --json "$json" ;;
+    4bit) compare --bits 4 --lengths 32K 128K --omega 0.7 -n 3 --trial-seconds 15 -g 48 --json "$json" ;;
     batch) batch 32K || batch 16K ;; # 80 GB may be too little for copies of 39 GB of keys
     4bit-256k) compare --bits 4 --lengths 256K --omega 0.77 -n 1 -g 32 --json "$json" ;;
     esac

@@ -33,8 +33,9 @@ def filled_cache(model: nn.Module, shape: AttentionShape, tokens: int) -> list[A
     cache = make_prompt_cache(model)
     for entry in cache:
         kv = getattr(entry, "kv", entry)
-        kv.update_and_fetch(*(shape.keys(tokens) for _ in range(2)))
-        mx.eval(kv.state)
+        for n in (tokens - 1, 1):  # grown in two steps, as in a model
+            kv.update_and_fetch(*(shape.keys(n) for _ in range(2)))
+            mx.eval(kv.state)
     return cache
 
 

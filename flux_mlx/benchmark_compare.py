@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from flux_mlx import cuda_kernels
 from flux_mlx.benchmark_parts import (
     AttentionShape,
     Ceiling,
@@ -97,8 +98,13 @@ def _seconds(run: Run) -> str:
 
 
 def warm_up(runners: dict[str, Runner], work: Work) -> None:
-    """Run each once on the first two chunks: on CUDA a process's first prompt compiles for a minute."""
-    tokens = min(len(work.prompts[0]), _WARM_UP_CHUNKS * work.prefill_step_size)
+    """Run each once: on CUDA a process's first prompt compiles, and each shape of attention is planned.
+
+    Elsewhere the first two chunks are enough.
+    """
+    tokens = len(work.prompts[0])
+    if not cuda_kernels.is_available():
+        tokens = min(tokens, _WARM_UP_CHUNKS * work.prefill_step_size)
     short = replace(work, prompts=[row[:tokens] for row in work.prompts], generation_tokens=_WARM_UP_TOKENS)
     for name, runner in runners.items():
         note(f"warming up {name}")

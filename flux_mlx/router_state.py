@@ -83,7 +83,9 @@ class RouterState:
     caches: tuple[Any, Any]  # the KV cache, and the arrays
     offset: Any
     is_evicted: bool
-    calm: Any = RESTLESS  # the forced route (None: routed) of the layer for which `RoutedAttention.decode` takes short calls
+    calm: Any = (
+        RESTLESS  # the forced route (None: routed) of the layer for which `RoutedAttention.decode` takes short calls
+    )
     is_listening = False  # the next call is dense, and only its input is kept: in `heard`
     heard: mx.array | None = None
     trim_at = NEVER  # offset from which the inputs of noted calls are to be cut down to what the router reads

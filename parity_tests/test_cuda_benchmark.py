@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from benchmarks import mlx_cuda_attention, mlx_cuda_decode
+from benchmarks import mlx_cuda_attention, mlx_cuda_decode, mlx_kernel_times
 from flux_mlx import cuda_kernels
 from flux_mlx.cuda_catalog import Device
 from flux_mlx.spec import PatternConfig
@@ -136,3 +136,30 @@ def test_the_benchmark_needs_a_device(capsys):
     with pytest.raises(SystemExit):
         mlx_cuda_attention.main([])
     assert "needs MLX with a CUDA device" in capsys.readouterr().err
+
+
+REPORT = """==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"""
+
+
+def kernel_report(durations_us: list[float]) -> str:
+    lines = [f'"{i}","7","flux_x","{mlx_kernel_times.METRIC}","us","{us:,}"' for i, us in enumerate(durations_us)]
+    return REPORT + "\n".join(lines)
+
+
+def test_device_times_are_read_from_the_profiler_s_table():
+    cases, repeats = mlx_kernel_times.cases(), mlx_kernel_times.REPEATS
+    times_us = [1000.0 * (i + 1) for i in range(len(cases)) for _ in range(repeats)]
+    rows = mlx_kernel_times.rows_of(mlx_kernel_times.durations_ms(kernel_report(times_us)))
+    assert [row["median_ms"] for row in rows] == [i + 1 for i in range(len(cases))]
+    whole = next(row for row in rows if row.get("ideal_ms") and row["q_tokens"] == row["tokens"] == 32768)
+    dense_ms = next(row["median_ms"] for row in rows if row["route"] == "full" and row["tokens"] == 32768)
+    assert whole["ideal_ms"] == pytest.approx(dense_ms * 0.1248, rel=1e-3)
+
+
+def test_a_report_of_other_launches_is_refused():
+    with pytest.raises(ValueError, match="expected 60 launches, got 3"):
+        mlx_kernel_times.rows_of(mlx_kernel_times.durations_ms(kernel_report([1.0, 2.0, 3.0])))
+    with pytest.raises(ValueError, match="expected a table"):
+        mlx_kernel_times.durations_ms("==ERROR== no device")
