@@ -47,9 +47,9 @@ run() {
     json="$out/mlx_$1.json"
     case $1 in
     layer) script mlx_sparse_layer --lengths 32K 128K --decode-lengths 4K 32K 128K 512K --json "$json" ;;
-    decode-bf16) script mlx_decode --lengths 32K 128K 256K --omegas 0.7 -n 3 --json "$json" ;;
-    decode-4bit) script mlx_decode --bits 4 --lengths 32K 128K 256K --omegas 0.7 0.77 -n 3 --json "$json" ;;
-    short) compare --lengths 256 512 1K 2K 4K --omega 0.7 -n 15 -g 24 --json "$json" ;;
+    decode-bf16) script mlx_decode --lengths 32K 128K 256K --omegas 0.7 -n 5 --json "$json" ;;
+    decode-4bit) script mlx_decode --bits 4 --lengths 32K 128K 256K --omegas 0.7 -n 5 --json "$json" ;;
+    short) compare --lengths 256 512 1K 2K 4K --omega 0.7 -n 11 -g 24 --json "$json" ;;
     router) script mlx_router_cost --lengths 8K -n 15 --json "$json" ;;
     exact) script mlx_exact_cost --lengths 8K 32K -n 4 --json "$json" ;;
     bf16) compare --lengths 32K 128K --omega 0.7 -n 4 --trial-seconds 22 -g 48 --json "$json" ;;

@@ -79,11 +79,18 @@ def rows(args: Any, model: nn.Module, tokens: int) -> list[dict[str, Any]]:
                 "sparse_layers": sparse_layers,
                 "stock_token_s": medians["stock"],
                 **{f"{policy}_token_s": medians[omega, policy] for policy in KV_POLICIES},
-                **ceiling.columns(medians[omega, "keep"], parts["sparse"]),
-                "evict_speedup": medians["stock"] / medians[omega, "evict"],
+                **ceiling.columns(medians[omega, "keep"], parts["sparse"], paired(times, omega, "keep")),
+                "evict_speedup": paired(times, omega, "evict"),
+                "least_token_s": {"stock": min(times["stock"])}
+                | {policy: min(times[omega, policy]) for policy in KV_POLICIES},
             }
         )
     return found
+
+
+def paired(times: dict[Any, list[float]], omega: float, policy: str) -> float:
+    """Median over the rounds of stock's time over Flux's."""
+    return statistics.median(a / b for a, b in zip(times["stock"], times[omega, policy], strict=True))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

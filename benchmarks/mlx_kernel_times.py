@@ -2,8 +2,8 @@
 
     python -m benchmarks.mlx_kernel_times --json FILE
 
-Needs `ncu` (Nsight Compute) and a CUDA GPU. The clocks stay as they are. The ideal of prefill is the visible pairs at the
-rate of our own dense kernel over the whole prompt, in the same run; decode should not depend on the number of keys.
+Needs `ncu` (Nsight Compute) and a CUDA GPU. The clocks stay as they are. The ideal of prefill is the visible pairs at
+the rate of our own dense kernel over the whole prompt, in the same run; decode should not depend on the number of keys.
 """
 
 from __future__ import annotations

@@ -203,19 +203,21 @@ class Ceiling:
             return None
         return self.stock_s - self.sparse_layers * (self.dense_layer_s - self.ideal_sparse_layer_s)
 
-    def columns(self, flux_s: float, sparse_layer_s: float) -> dict[str, Any]:
+    def columns(self, flux_s: float, sparse_layer_s: float, speedup: float | None = None) -> dict[str, Any]:
         """The ceiling beside what was reached.
 
         Args:
             flux_s: Flux's time.
             sparse_layer_s: Measured attention of one sparse layer.
+            speedup: Stock's time over Flux's, if better known than by the two times: from runs side by side.
         """
+        speedup = self.stock_s / flux_s if speedup is None else speedup
         ideal_s = self.ideal_s
         lost_s = self.sparse_layers * (sparse_layer_s - self.ideal_sparse_layer_s)
         return {
-            "speedup": self.stock_s / flux_s,
+            "speedup": speedup,
             "ceiling": None if ideal_s is None else self.stock_s / ideal_s,
-            "fraction_of_ceiling": None if ideal_s is None else ideal_s / flux_s,
+            "fraction_of_ceiling": None if ideal_s is None else speedup * ideal_s / self.stock_s,
             "everything_else_s": self.everything_else_s,
             "dense_layer_s": self.dense_layer_s,
             "sparse_layer_s": sparse_layer_s,

@@ -108,10 +108,10 @@ class CacheList(RouterState, StockCacheList):
             kv = kv or KVCache()  # keys are dropped within a prefill only if it began with none
         else:
             self.kv.trim(self.offset - offset)
-        self.caches = (kv or self.kv, self.caches[1])
-        self.caches[1].cache = list(arrays)
-        self.pinned, self.drops_early = None, False
+        caches = (kv or self.kv, self.caches[1])
         self._restored(known)
+        self.caches = caches
+        self.caches[1].cache = list(arrays)
 
     @property
     def is_evicted(self) -> bool:

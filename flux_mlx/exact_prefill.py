@@ -252,7 +252,7 @@ def _one_call(model: nn.Module, cache: list[Any], chunks: list[mx.array]) -> Ite
     mx.async_eval([_keys(entry) for entry in cache])
     for entry, attn in hearing:
         x, entry.is_listening, entry.heard = entry.heard, False, None
-        attn.route(x, entry, offset)
+        attn.settle(x, entry, offset)
     yield from range(len(cache))
 
 

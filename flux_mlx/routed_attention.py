@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.models.base import scaled_dot_product_attention
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from flux_mlx.attention import sparse_attention
 from flux_mlx.cache import CacheList
@@ -94,20 +94,22 @@ class RoutedAttention:
         """An empty cache for this layer."""
         return CacheList.new(self.pooled_dim, self.flux.router.pool_tokens)
 
-    def route(self, x: mx.array, cache: CacheList, offset: int | None = None) -> None:
-        """Pool this call's prompt tokens and decide, unless the call is too short or the route is fixed.
+    def settle(self, x: mx.array, cache: CacheList, offset: int) -> None:
+        """`route` after a call of a prompt that began at `offset`, of one row without padding."""
+        if self.forced is None:
+            cache.note(self, x, offset)
+        else:
+            cache.set_routes([self.forced])
+        cache.calm = self.forced
 
-        Args:
-            x: `[B, L, hidden]`.
-            cache: Before the call; after it with `offset`, where it began.
-            offset: None: where the cache ends. Only for one row without padding.
-        """
+    def route(self, x: mx.array, cache: CacheList) -> None:
+        """Pool this call's prompt tokens and decide, unless the call is too short or the route is fixed."""
         tokens, alone = x.shape[1], cache.is_alone()
         if self.forced is not None:
             cache.set_routes([self.forced] * x.shape[0])
         elif cache.pinned is None and not (cache.is_idle and tokens < self.flux.router.min_prefill_tokens):
             if alone and self.group is None:
-                cache.note(self, x, cache.offset if offset is None else offset)
+                cache.note(self, x, cache.offset)
             else:
                 self.route_rows(x, cache)
         if not alone:
@@ -172,8 +174,19 @@ class RoutedAttention:
         q, k, v = (part.swapaxes(1, 2) for part in project(self, x))  # [B, H, L, D]
         q, k = rotate(self, q, offset), rotate(self, k, offset)
         k, v = cache.kv.update_and_fetch(k, v)
+        if (out := self.attend_batch(q, cache)) is not None:
+            return self.o_proj(out)
         groups = row_groups([route == Route.SPARSE for route in cache.routes], cache.left_padding())
         return self.attend_rows(q, k, v, mask, list(groups), cache)
+
+    def attend_batch(self, q: mx.array, cache: CacheList) -> mx.array | None:
+        """Attention of a short call of a batch without padding, `[B, L, hidden]`; None if no kernel takes all rows."""
+        if q.shape[2] >= self.flux.router.min_prefill_tokens or type(cache.kv) is not BatchKVCache:
+            return None
+        if any(cache.left_padding()):
+            return None
+        cache.short_calls = cache.short_calls or ShortCalls()
+        return cache.short_calls.batch(q, cache.kv, self.flux.pattern, self.scale, cache.routes)
 
     def attend_short(self, x: mx.array, mask: Any, cache: CacheList) -> mx.array:
         """`attend` of a short call of one sparse row."""
@@ -184,8 +197,7 @@ class RoutedAttention:
         q, k, v = (part.swapaxes(1, 2) for part in project(self, x))  # [1, H, L, D]
         q, k = rotate(self, q, offset), rotate(self, k, offset)
         kv.update_and_fetch(k, v)
-        if cache.short_calls is None:
-            cache.short_calls = ShortCalls()
+        cache.short_calls = cache.short_calls or ShortCalls()
         return self.o_proj(cache.short_calls(q, kv, self.flux.pattern, self.scale))
 
     def attend_uncached(self, x: mx.array, mask: Any) -> mx.array:

@@ -174,13 +174,16 @@ class RouterState:
 
     def _copied(self) -> dict[str, Any]:
         """What the host knows, for `_restored`."""
-        known = {name: getattr(self, name) for name in _KNOWN}
-        return known | {"_host": None if self._host is None else self._host.copy()}
+        known = self.__dict__.copy()
+        if self._host is not None:
+            known["_host"] = self._host.copy()
+        return known
 
     def _restored(self, known: dict[str, Any]) -> None:
         """Know again what `_copied` gave, and no more."""
-        self._forget()
+        self.__dict__.clear()
         self.__dict__.update(known)
+        self.wake()
 
     @property
     def _rows(self) -> np.ndarray:
@@ -360,9 +363,6 @@ class RouterState:
             counters[Counter.BOUND] = Bound.STALE_FULL if offset > 0 and _was_full(counters) else Bound.FREE
             counters[Counter.ROUTE] = Route.SPARSE if self.is_evicted else Route.UNSET
         self._dirty = True
-
-
-_KNOWN = ("_dirty", "_decision", "_routes", "_log", "_shorts", "inputs", "is_idle", "trim_at")
 
 
 def _was_full(counters: np.ndarray) -> bool:

@@ -92,4 +92,4 @@ def test_gradients_are_those_of_operations():
         loss = mx.grad(lambda x: attention.sparse_attention(x, k, v, PATTERN, impl=impl).astype(mx.float32).sum())
         return np.array(loss(q).astype(mx.float32))
 
-    np.testing.assert_array_equal(gradient("cuda"), gradient("ops"))
+    np.testing.assert_allclose(gradient("cuda"), gradient("ops"), rtol=2e-3, atol=1e-5)  # float16, sums in any order
