@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, KVCache
 from mlx_lm.models.cache import CacheList as StockCacheList
 
-from flux_mlx.router_state import Counter, RouterState
+from flux_mlx.router_state import NEVER, Counter, RouterState
 from flux_mlx.spec import PatternConfig, Route
 from flux_mlx.window_cache import WindowKVCache
 
@@ -226,6 +226,13 @@ def routes(cache: list[object]) -> list[Route | list[Route] | None]:
         taken = entry.routes if isinstance(entry, CacheList) else None
         found.append(taken[0] if taken is not None and len(taken) == 1 else taken)
     return found
+
+
+def trim_noted(cache: list[object]) -> None:
+    """Have the layers' noted inputs cut down to what routers read, all at once, when the first token is out."""
+    due = [entry for entry in cache if isinstance(entry, CacheList) and entry.trim_at != NEVER]
+    if due and due[0].trim_at <= due[0].offset:
+        mx.async_eval([entry.trim_log() for entry in due])
 
 
 def tokens_held(cache: list[object]) -> int:

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import _get_classes
 
-from flux_mlx.cache import CacheList, describe_routes
+from flux_mlx.cache import CacheList, describe_routes, trim_noted
 from flux_mlx.cache import routes as taken_routes
 from flux_mlx.callers import refuse_gguf_export, refuse_long_drafts
 from flux_mlx.families import ATTENTION_MODULES, head_dim, is_routable
@@ -91,6 +91,7 @@ def _checked_call(stock: type) -> Any:
             refuse_long_drafts(self, args[0])
         for entry in cache:
             CacheList.adopt(entry)
+        trim_noted(cache)
         before = taken_routes(cache) if self.flux_show else None
         out = stock.__call__(self, *args, **kwargs)
         if self.flux_show and (after := taken_routes(cache)) != before:
@@ -169,7 +170,6 @@ def _apply(model: nn.Module, config: FluxConfig, fresh: bool) -> nn.Module:
         attn.pooled_dim = head_dim(attn)
         attn.router = LayerRouter(attn.pooled_dim, config.router, seed=i if fresh else None)
         attn.flux = config
-        attn.layer_index = i
     model.__class__ = _mixed(FluxModel, type(model))
     model.flux = config
     model.flux_show = _switched_on("FLUX_MLX_SHOW_ROUTES")

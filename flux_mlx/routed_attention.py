@@ -38,10 +38,8 @@ class RoutedAttention:
         group: The ranks that share the layer's heads, or None.
         evicts: Whether caches of this layer drop, once it is sparse, what it no longer sees.
         samples: Of the training step, if the router is to be trained (`flux_mlx.router_training`); else None.
-        layer_index: Of the model's layers.
     """
 
-    layer_index = 0
     group: mx.distributed.Group | None = None
     evicts = False
     samples: Samples | None = None
@@ -71,11 +69,8 @@ class RoutedAttention:
         """A short call of one row, which does not change its route. Python's time is a good part of a token's."""
         kv = cache.caches[0]
         offset = kv.offset
-        if self.forced is None:
-            if not cache.is_idle:
-                cache.note(self, x, offset)
-            elif offset >= cache.trim_at:
-                cache.trim_log()
+        if self.forced is None and not cache.is_idle:
+            cache.note(self, x, offset)
         if offset + tokens <= self.flux.pattern.dense_tokens or cache.routes[0] != Route.SPARSE:
             return super().__call__(x, mask, kv)
         if self.evicts and type(kv) is KVCache:

@@ -69,7 +69,7 @@ class Call:
 
     def __init__(self, layer: Any, x: mx.array, offset: int):
         self.layer = layer
-        self.x = x  # [1, tokens, hidden]; after `RouterState.trim_log` what the router reads of it
+        self.x = x  # [1, tokens, hidden]; after `trim_log` what the router reads of it
         self.tokens = x.shape[1]
         self.offset = offset
 
@@ -124,17 +124,17 @@ class RouterState:
             self.is_idle = self._shorts >= 2
             return
         self._shorts, self.is_idle = 0, False
-        if call.tokens > 2 * router.pool_tokens:  # the layers trim one after the other, behind the first tokens
-            self.trim_at = call.offset + call.tokens + 2 + layer.layer_index
+        if call.tokens > 2 * router.pool_tokens:
+            self.trim_at = call.offset + call.tokens + 2  # behind the first token
         if len(self._log) >= LOG_CALLS:
             self.compute()
 
-    def trim_log(self) -> None:
-        """Keep of the noted calls' inputs what the router reads, so that the rest is free."""
+    def trim_log(self) -> list[mx.array]:
+        """Keep of the noted calls' inputs what the router reads, returned to be evaluated: then the rest is free."""
         self.trim_at = NEVER
         for call in self._log:
             call.x = call.layer.router_input(call.x)
-        mx.async_eval([call.x for call in self._log])
+        return [call.x for call in self._log]
 
     def _catch_up(self) -> None:
         """Look at the noted calls."""

@@ -136,20 +136,18 @@ def test_a_short_prompt_pays_for_no_router(monkeypatch):
     assert noted_inputs(cache) == [[16, 1, 1]] * LAYERS
 
 
-def test_inputs_of_a_noted_prompt_are_trimmed_layer_by_layer_behind_the_first_tokens():
-    wide = dataclasses.replace(PATTERN, window_tokens=64)
-    model = flux_model(pattern=wide)
+def test_inputs_of_a_noted_prompt_are_trimmed_behind_the_first_token():
+    model = flux_model(pattern=dataclasses.replace(PATTERN, window_tokens=64))
     pool = 2 * model.flux.router.pool_tokens
     cache = model.make_cache()
     last = flux_mlx.prefill(model, mx.array(prompt(pool + 20)), cache)
     assert noted_inputs(cache) == [[pool + 19]] * LAYERS
-    steps = generate_step(last, model, max_tokens=LAYERS + 4, prompt_cache=cache)
+    steps = generate_step(last, model, max_tokens=5, prompt_cache=cache)
     next(steps)
     assert [calls[0] for calls in noted_inputs(cache)] == [pool + 19] * LAYERS
     next(steps)
-    assert [calls[0] for calls in noted_inputs(cache)] == [pool] + [pool + 19] * (LAYERS - 1)
-    list(steps)
     assert [calls[0] for calls in noted_inputs(cache)] == [pool] * LAYERS
+    list(steps)
     untrimmed, _ = prefilled(model, prompt(pool + 20), Counter())
     for entry, other in zip(cache, untrimmed, strict=True):
         np.testing.assert_array_equal(np.array(entry.pooled()), np.array(other.pooled()))
