@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import apple_prediction, mlx_prediction
+from benchmarks import apple_prediction, mlx_host_time, mlx_prediction, mlx_report
 from benchmarks.mlx_prediction import QWEN3_4B, QWEN3_8B, SMALL, Machine
 from flux_mlx import benchmark
 from flux_mlx.benchmark_models import SHAPES
@@ -166,6 +166,19 @@ def test_the_page_shows_what_the_arithmetic_says():
     tables.append(mlx_prediction.short_table())
     tables += apple_prediction.as_text(apple_prediction.predictions(reached), reached).split("\n\n")[1:]
     assert all(table in page for table in tables)
+
+
+def test_the_page_shows_what_was_measured():
+    page = (ROOT / "docs" / "speed.md").read_text()
+    assert all(table in page for table in mlx_report.tables())
+
+
+def test_a_token_s_time_is_split_into_its_parts(tmp_path):
+    rows = rows_of("mlx_host_time", tmp_path, "--lengths", "300", "-g", "3")["rows"]
+    assert [row["kind"] for row in rows] == ["stock", "full", "spread", "sparse", "sparse, evict"]
+    for row in rows:
+        assert min(row[part] for part in mlx_host_time.PARTS) > 0
+        assert row["total_s"] >= 0.9 * row["build_s"]
 
 
 def test_the_predicted_crossover_is_one():

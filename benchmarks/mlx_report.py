@@ -1,0 +1,155 @@
+"""The measured tables of docs/speed.md, from the JSON files of one H100: `python -m benchmarks.mlx_report`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.mlx_prediction import columns
+
+FOLDER = Path(__file__).parent
+DECODE_BITS = (16, 4)
+COMPARED = ("mlx_bf16", "mlx_bf16_256k", "mlx_4bit")
+SHORT = "mlx_short"
+
+
+def record(name: str) -> dict[str, Any]:
+    """A record by its file's name."""
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def length(tokens: int) -> str:
+    """As 32K or 1M."""
+    return f"{tokens >> 20}M" if tokens >= 1 << 20 else f"{tokens >> 10}K" if tokens >= 1024 else str(tokens)
+
+
+def compared_rows() -> Iterable[tuple[int, dict[str, Any]]]:
+    """(bits, row) of whole runs, stock beside Flux."""
+    for name in COMPARED:
+        found = record(name)
+        yield from ((found["model"]["bits"], row) for row in found["rows"])
+
+
+def prefill_table() -> str:
+    """Prefill of whole prompts."""
+    lines: list[tuple[Any, ...]] = [
+        (
+            "bits",
+            "tokens",
+            "sparse of 36",
+            "stock s",
+            "Flux s",
+            "speed-up",
+            "first token",
+            "ceiling",
+            "of ceiling",
+            "runs",
+        )
+    ]
+    for bits, row in compared_rows():
+        prefill = row["prefill"]
+        times = (f"{row[side]['prefill_s']['median']:.2f}" for side in ("stock", "flux"))
+        ratios = (prefill["speedup"], row["first_token_speedup"], prefill["ceiling"], prefill["fraction_of_ceiling"])
+        sparse = round(row["sparse_layers"])
+        lines.append((bits, length(row["prompt_tokens"]), sparse, *times, *(f"{x:.2f}" for x in ratios), row["trials"]))
+    return columns(lines)
+
+
+def short_table() -> str:
+    """Prompts that sink and window hold, and one just beyond: stock's time over Flux's."""
+    lines: list[tuple[Any, ...]] = [("tokens", "prefill", "first token", "a token", "stock's token ms, least to most")]
+    for row in record(SHORT)["rows"]:
+        ratios = (row["prefill"]["speedup"], row["first_token_speedup"], row["decode"]["speedup"])
+        token = row["stock"]["token_s"]
+        lines.append(
+            (
+                row["prompt_tokens"],
+                *(f"{x:.3f}" for x in ratios),
+                f"{1e3 * token['min']:.1f} to {1e3 * token['max']:.1f}",
+            )
+        )
+    return columns(lines)
+
+
+def decode_table() -> str:
+    """A token over filled caches."""
+    lines: list[tuple[Any, ...]] = [
+        (
+            "bits",
+            "tokens",
+            "stock ms",
+            "keep ms",
+            "evict ms",
+            "least of each ms",
+            "keep",
+            "evict",
+            "ceiling",
+            "keep of it",
+        )
+    ]
+    for bits in DECODE_BITS:
+        for row in record(f"mlx_decode_{'bf16' if bits == 16 else '4bit'}")["rows"]:
+            times = (f"{1e3 * row[f'{kind}_token_s']:.1f}" for kind in ("stock", "keep", "evict"))
+            least = " / ".join(f"{1e3 * s:.1f}" for s in row["least_token_s"].values())
+            ratios = (row["speedup"], row["evict_speedup"], row["ceiling"], row["fraction_of_ceiling"])
+            lines.append((bits, length(row["tokens"]), *times, least, *(f"{x:.2f}" for x in ratios)))
+    return columns(lines)
+
+
+def host_table() -> str:
+    """Where a token's time goes."""
+    lines: list[tuple[Any, ...]] = [
+        ("layers", "tokens", "Python builds", "MLX hands over", "then waits", "together ms")
+    ]
+    for row in record("mlx_host_time")["rows"]:
+        times = (f"{1e3 * row[part]:.2f}" for part in ("build_s", "encode_s", "wait_s", "total_s"))
+        lines.append((row["kind"], length(row["tokens"]), *times))
+    return columns(lines)
+
+
+def device_table() -> str:
+    """Our kernels by NVIDIA's profiler."""
+    lines: list[tuple[Any, ...]] = [("kernel", "keys", "queries", "device ms", "of ideal")]
+    for row in record("mlx_kernel_times")["rows"]:
+        ideal = f"{row['fraction_of_ideal']:.2f}" if "fraction_of_ideal" in row else ""
+        kernel = f"{row['route']} {row['operation']}"
+        lines.append((kernel, length(row["tokens"]), length(row["q_tokens"]), f"{row['median_ms']:.4f}", ideal))
+    return columns(lines)
+
+
+def attention_table() -> str:
+    """Prefill attention by the host's clock: stock's dense call, ours, the composition of stock calls."""
+    lines: list[tuple[Any, ...]] = [
+        ("keys", "queries", "stock dense ms", "ideal ms", "our kernel ms", "of ideal", "portable", "composition")
+    ]
+    for name in ("prefill-32K", "prefill-128K", "chunks"):
+        for row in record("mlx_cuda_attention")["stages"][name]["rows"]:
+            times = (f"{row[f'{kind}_ms']:.3f}" for kind in ("dense", "ideal", "hopper"))
+            shares = (f"{row[f'{kind}_of_ideal']:.2f}" for kind in ("hopper", "portable", "composition"))
+            lines.append((length(row["tokens"]), length(row["q_tokens"]), *times, *shares))
+    return columns(lines)
+
+
+def exact_table() -> str:
+    """Exact prefill over chunked prefill at equal routes."""
+    lines: list[tuple[Any, ...]] = [
+        ("tokens", "time, all full", "time, spread", "peak over the allowed one, all full", "spread")
+    ]
+    for row in record("mlx_exact")["rows"]:
+        ratios = (
+            row[f"{what}_{kind}"] for what in ("exact_over_chunked", "peak_over_allowed") for kind in ("full", "spread")
+        )
+        lines.append((length(row["tokens"]), *(f"{x:.2f}" for x in ratios)))
+    return columns(lines)
+
+
+def tables() -> list[str]:
+    """All of them, in the page's order."""
+    makers = (prefill_table, exact_table, short_table, decode_table, host_table, attention_table, device_table)
+    return [make() for make in makers]
+
+
+if __name__ == "__main__":
+    print("\n\n".join(tables()))
