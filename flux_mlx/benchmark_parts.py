@@ -131,6 +131,7 @@ def prefill_seconds(shape: AttentionShape, tokens: int, step: int, attends: dict
         for name, attend in attends.items():
             kv = grown if name == "dense" else reserved
             total[name] += seconds_a_call(lambda x, _, a=attend, kv=kv: a(x, kv), q)
+        mx.clear_cache()  # buffers of every chunk's length would be kept
     return total
 
 

@@ -154,6 +154,7 @@ def _run_flux_batch(model: nn.Module, work: Work) -> Run:
         for row in range(len(work.prompts)):
             caches.append(_prefill_row(model, work, row)[1])
             meter.note_routes(caches[-1])
+            mx.clear_cache()
         meter.prefilled()
         _decode_batch(_batch_generator(model, work), [row[-1:] for row in work.prompts], caches, meter)
     return meter.result()
