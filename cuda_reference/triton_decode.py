@@ -4,9 +4,6 @@ All query heads of a KV head are the rows of one tile, so that a key is read onc
 walked as one list; streaming decode reads the same number of bytes whatever the length of the cache. The merge is a
 second, small kernel that adds the splits in their order: the result does not depend on timing.
 
-On Hopper and newer GPUs each kernel is launched while the one before it still runs, and waits for its end before it
-touches memory (EARLY): the time between two launches is hidden.
-
 Buffers: q, out [B, HQ, L, D] and k, v [B, HKV, S, D] by strides; scratch float32 [splits, B * HKV, ROWS, D] and
 [splits, B * HKV, ROWS]. Grid: (B * HKV, splits), then (B * HKV, rows).
 """
@@ -28,22 +25,12 @@ MAX_SPLITS = 128  # one program merges them
 
 
 @triton.jit
-def await_previous(EARLY: tl.constexpr):
-    """Wait until the kernel before has ended and what it wrote is there; then let the next one be launched."""
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
 def split_kernel(
     q, k, v, part_out, part_lse, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
     L, S, HKV, GROUP, start, sink_stop, window_blocks, sink_span, tiles_per_split, qk_scale,
     BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys of one KV head: its normalised output and its log2-sum-exp2."""
-    await_previous(EARLY)
     b = tl.program_id(0) // HKV
     kv_head = tl.program_id(0) % HKV
     k += b.to(tl.int64) * k_b + kv_head.to(tl.int64) * k_h
@@ -79,10 +66,9 @@ def split_kernel(
 @triton.jit
 def merge_kernel(
     part_out, part_lse, out, lse, L, HQ, HKV, GROUP, n_splits,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """out = sum over the splits of 2**(lse_i - lse) * out_i for one row."""
-    await_previous(EARLY)
     b = tl.program_id(0) // HKV
     row = tl.program_id(1)
     split = tl.arange(0, SPLITS)
@@ -110,13 +96,6 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-@cache
-def launch_options(device: torch.device) -> dict[str, bool]:
-    """Whether and how the kernels are launched before the one before them has ended."""
-    early = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"EARLY": early, **({"launch_pdl": True} if early else {})}
-
-
 def tile_options(q: torch.Tensor, query_rows: int) -> dict[str, int]:
     """Tile sizes and launch options of `split_kernel` for `query_rows` rows (heads of the group times tokens)."""
     keys = 64 if q.shape[3] * q.element_size() <= 256 else 32
@@ -131,7 +110,7 @@ def decode(
     out, lse = outputs(q)
     start = max(0, ((S - L) // block_size - window_blocks + 1) * block_size)
     sink_stop = min(sink_span, start)
-    options, launch = tile_options(q, HQ // HKV * L), launch_options(q.device)
+    options = tile_options(q, HQ // HKV * L)
     dims = {"D": D, "BLOCK_D": triton.next_power_of_2(max(16, D))}
     tiles = triton.cdiv(sink_stop, options["KEYS"]) + triton.cdiv(S - start, options["KEYS"])
     wanted = BLOCKS_PER_MULTIPROCESSOR * multiprocessors(q.device) // (B * HKV)
@@ -142,10 +121,10 @@ def decode(
     split_kernel[(B * HKV, splits)](
         q, k, v, part_out, part_lse, *strides(q, k, v),
         L, S, HKV, HQ // HKV, start, sink_stop, window_blocks, sink_span, tiles_per_split, scale * LOG2_E,
-        BLOCK=block_size, **dims, **options, **launch,
+        BLOCK=block_size, **dims, **options,
     )  # fmt: skip
     merge_kernel[(B * HKV, HQ // HKV * L)](
         part_out, part_lse, out, lse, L, HQ, HKV, HQ // HKV, splits,
-        **dims, ROWS=options["ROWS"], SPLITS=triton.next_power_of_2(splits), num_warps=4, **launch,
+        **dims, ROWS=options["ROWS"], SPLITS=triton.next_power_of_2(splits), num_warps=4,
     )  # fmt: skip
     return out, lse
