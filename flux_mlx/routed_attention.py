@@ -148,7 +148,7 @@ class RoutedAttention:
 
     def query_rows(self, x: mx.array) -> mx.array:
         """Queries before RoPE, averaged over the heads of all ranks: `[1, L, hidden]` to float32 `[L, D]`."""
-        return self.over_ranks(project_queries(self, x)[0].astype(mx.float32).mean(axis=1))
+        return self.over_ranks(project_queries(self, x).squeeze(0).astype(mx.float32).mean(axis=1))
 
     def over_ranks(self, mean: mx.array) -> mx.array:
         """The mean over the heads of all ranks, of the mean over this rank's."""

@@ -304,8 +304,8 @@ class RouterState:
         rows = []
         for row, counters in enumerate(self._rows.tolist()):
             used, recent = counters[Counter.PREFIX], counters[Counter.RECENT]
-            tail = self.caches[1][2][row]
-            ends = mx.concatenate([self.caches[1][1][row, :used], tail[tail.shape[0] - recent :]])
+            prefix, tail = self.caches[1][1], self.caches[1][2]
+            ends = mx.concatenate([prefix[row, :used], tail[row, tail.shape[1] - recent :]])
             rows.append(ends.sum(0) / max(1, used + recent))
         return rows[0][None] if len(rows) == 1 else mx.stack(rows)
 
