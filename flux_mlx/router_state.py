@@ -199,9 +199,9 @@ class RouterState:
         """The rows' counters on the host, int32 `[B, 9]`. Waits for the device, for a decision just made too."""
         self._catch_up()
         if self._decision is not None:
-            decision, self._decision, self.inputs = self._decision, None, None
-            for row, route in zip(self._rows, decision.read(), strict=True):
+            for row, route in zip(self._rows, self._decision.read(), strict=True):
                 row[Counter.ROUTE] = row[Counter.ROUTE] if route is None else route
+            self._decision = self.inputs = None  # now: who interrupts the wait can ask again
         return self._rows
 
     @property
@@ -266,9 +266,9 @@ class RouterState:
             tokens: Their number, 1 or more.
             offset: Position of the first of them; None: the row's offset.
         """
+        counters = self._rows[row]  # first: it looks at noted calls, which replaces the arrays
         prefix, recent = self.caches[1][1], self.caches[1][2]
         pool_tokens = prefix.shape[1]
-        counters = self._rows[row]
         self._begin_turn(counters, self.offsets()[row] if offset is None else offset)
         start = counters[Counter.END]
         if (room := min(pool_tokens - int(counters[Counter.PREFIX]), tokens)) > 0:
