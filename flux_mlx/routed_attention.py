@@ -114,10 +114,7 @@ class RoutedAttention:
         cache.calm = self.forced if is_settled else RESTLESS
 
     def take_in(self, cache: CacheList, x: mx.array, tokens: int, offset: int) -> None:
-        """Look at a call that `cache` noted: `x` is its input or the `router_input` of it, `offset` where it began."""
-        if tokens < self.flux.router.min_prefill_tokens:
-            cache.skip([tokens])
-            return
+        """Pool and decide a call that `cache` noted: `x` is its input or the `router_input` of it."""
         self.feed(self.router_input(x), tokens, cache, offset=offset)
         self.decide(cache, [True])
 

@@ -23,8 +23,8 @@ import numpy as np
 
 from flux_mlx.spec import Route
 
-RESTLESS = object()  # `RouterState.calm` of a cache that every call must look at
-NEVER = 1 << 62
+RESTLESS = object()  # `RouterState.calm` of a cache that every call must look at: no layer's `forced`
+NEVER = 1 << 62  # an offset that no cache comes to
 LOG_CALLS = 8  # calls noted at most: prompts in the log hold on to their inputs
 
 
@@ -63,18 +63,32 @@ class Decision(NamedTuple):
 
 
 class Call:
-    """A call that was noted: the attention module, its input, where it began."""
+    """A call that was noted. Copies of a cache share it, because the layer is the model's.
+
+    Attributes:
+        tokens: Their number.
+        offset: Position of the first of them.
+        layer: The attention module; None if they are too few to be pooled.
+        x: `[1, tokens, hidden]`, its input; after `trim` what the router reads of it.
+
+    Of a call that is too short only the number counts. It holds on to nothing: caches outlive their model in a server.
+    """
 
     __slots__ = ("layer", "offset", "tokens", "x")
 
     def __init__(self, layer: Any, x: mx.array, offset: int):
-        self.layer = layer
-        self.x = x  # [1, tokens, hidden]; after `trim_log` what the router reads of it
-        self.tokens = x.shape[1]
-        self.offset = offset
+        self.tokens, self.offset = x.shape[1], offset
+        is_pooled = self.tokens >= layer.flux.router.min_prefill_tokens
+        self.layer, self.x = (layer, x) if is_pooled else (None, None)
 
     def __deepcopy__(self, _: Any) -> Call:
-        return self  # nothing in it changes its meaning, and the layer is the model's
+        return self
+
+    def trim(self) -> mx.array | None:
+        """Keep of the input what the router reads, and return it."""
+        if self.layer is not None:
+            self.x = self.layer.router_input(self.x)
+        return self.x
 
 
 class RouterState:
@@ -83,9 +97,7 @@ class RouterState:
     caches: tuple[Any, Any]  # the KV cache, and the arrays
     offset: Any
     is_evicted: bool
-    calm: Any = (
-        RESTLESS  # the forced route (None: routed) of the layer for which `RoutedAttention.decode` takes short calls
-    )
+    calm: Any = RESTLESS  # `forced` of the layer whose short calls `RoutedAttention.decode` may take
     is_listening = False  # the next call is dense, and only its input is kept: in `heard`
     heard: mx.array | None = None
     trim_at = NEVER  # offset from which the inputs of noted calls are to be cut down to what the router reads
@@ -117,30 +129,31 @@ class RouterState:
             x: `[1, L, hidden]`, the module's input.
             offset: Position of its first token.
         """
-        call, router = Call(layer, x, offset), layer.flux.router
+        call = Call(layer, x, offset)
         self._log += (call,)
-        if call.tokens < router.min_prefill_tokens:
+        if call.layer is None:
             self._shorts += 1
             self.is_idle = self._shorts >= 2
             return
         self._shorts, self.is_idle = 0, False
-        if call.tokens > 2 * router.pool_tokens:
+        if call.tokens > 2 * layer.flux.router.pool_tokens:
             self.trim_at = call.offset + call.tokens + 2  # behind the first token
         if len(self._log) >= LOG_CALLS:
             self.compute()
 
-    def trim_log(self) -> list[mx.array]:
+    def trim_log(self) -> list[mx.array | None]:
         """Keep of the noted calls' inputs what the router reads, returned to be evaluated: then the rest is free."""
         self.trim_at = NEVER
-        for call in self._log:
-            call.x = call.layer.router_input(call.x)
-        return [call.x for call in self._log]
+        return [call.trim() for call in self._log]
 
     def _catch_up(self) -> None:
         """Look at the noted calls."""
         log, self._log, self.trim_at = self._log, (), NEVER
         for call in log:
-            call.layer.take_in(self, call.x, call.tokens, call.offset)
+            if call.layer is None:
+                self.skip([call.tokens])
+            else:
+                call.layer.take_in(self, call.x, call.tokens, call.offset)
 
     def wake(self) -> None:
         """The next call has to be looked at, however short it is."""
@@ -149,6 +162,7 @@ class RouterState:
     def _flush(self) -> None:
         """Bring slot 0 up to the counters on the host and the newest decision, before stock code reads it."""
         self._catch_up()
+        self.inputs = None  # the arrays hold on to them, until these are evaluated
         if not self._dirty:
             return
         counters = mx.array(self._host)
@@ -163,12 +177,11 @@ class RouterState:
         """Start computing what is pooled and decided. Stock code evaluates keys alone while it decodes."""
         self._flush()
         mx.async_eval(self.caches[1].cache)
-        self.inputs = None
 
     def _forget(self) -> None:
         """Drop what was read or is newer than the arrays, after stock code changed them."""
         self._host = self._decision = self._routes = self._padding = self.inputs = None
-        self._log, self._dirty = (), False
+        self._log, self._dirty, self.trim_at = (), False, NEVER
         self.is_listening, self.heard = False, None
         self.wake()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from contextlib import suppress
 from typing import Any
 
@@ -15,8 +17,9 @@ from hypothesis import strategies as st
 import flux_mlx
 from flux_mlx import router_state
 from flux_mlx.cache import CacheList, can_trim, tokens_held
-from flux_mlx.models import apply, set_kv_policy, set_route
-from flux_mlx.spec import FluxConfig, PatternConfig, RouterConfig
+from flux_mlx.models import apply, routed_layers, set_kv_policy, set_route
+from flux_mlx.router_state import Counter, Decision
+from flux_mlx.spec import FluxConfig, PatternConfig, Route, RouterConfig
 from parity_tests.tiny_models import prompt, randomise_routers, stock_model
 
 PATTERN = PatternConfig(block_size=8, sink_tokens=8, window_tokens=128)
@@ -41,9 +44,9 @@ class Stopped(BaseException):
 
 
 class Caches:
-    """Two caches that get the same calls: the routes of `late` are not asked for, those of `early` after each call.
+    """Two caches that get the same calls: `late` is not asked for its routes, `early` is after each call.
 
-    Every short call of `early` takes the long way, besides.
+    Besides, `early` is woken each time: its short calls take the way of all calls, those of `late` the short way.
     """
 
     def __init__(self) -> None:
@@ -170,3 +173,45 @@ def test_a_cache_asked_late_agrees_with_one_asked_always(kv_policy, acts, log_ca
         for name, *values in acts:
             getattr(caches, name)(*values)
         caches.check()
+
+
+def test_an_interrupted_wait_for_a_route_can_be_repeated(monkeypatch):
+    set_route(MODEL, "auto")
+    cache = MODEL.make_cache()
+    flux_mlx.prefill(MODEL, mx.array(prompt(51)), cache)
+    expected, read = flux_mlx.routes(copy.deepcopy(cache)), Decision.read
+
+    def interrupted(decision: Decision) -> list:
+        read(decision)
+        raise Stopped
+
+    monkeypatch.setattr(Decision, "read", interrupted)
+    with pytest.raises(Stopped):
+        flux_mlx.routes(cache)
+    monkeypatch.setattr(Decision, "read", read)
+    assert flux_mlx.routes(cache) == expected
+
+
+def test_a_cache_that_was_evaluated_and_then_decoded_keeps_no_layer_and_no_input():
+    model = routed_model()
+    cache = model.make_cache()
+    model(mx.array([prompt(50)]), cache=cache)
+    mx.eval([entry.state for entry in cache])  # as stock does after a chunk
+    for _ in range(3):
+        mx.eval(model(mx.array([[3]]), cache=cache))
+    layers = [weakref.ref(attn) for attn in routed_layers(model).values()]
+    del model
+    gc.collect()
+    assert [layer() for layer in layers] == [None] * LAYERS
+    assert [entry.inputs for entry in cache] == [None] * LAYERS
+    assert Route.UNSET not in flux_mlx.routes(cache)
+
+
+def test_a_turn_in_chunks_after_a_short_one_that_nobody_looked_at():
+    """The second turn's pool has the first turn's tokens in front."""
+    set_route(MODEL, "auto")
+    caches = Caches()
+    caches.prefill(20, 2048)
+    caches.prefill(256, 64)
+    caches.check()
+    assert {tuple(entry.counters[0, [Counter.PREFIX, Counter.PREFIX_END]]) for entry in caches.late} == {(40, 40)}
