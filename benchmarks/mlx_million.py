@@ -19,6 +19,7 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step, generation_stream
 
 from benchmarks.mlx_common import flux_model, parse, parser, prompts, save
+from flux_mlx.benchmark_parts import AttentionShape
 from flux_mlx.cache import routes
 from flux_mlx.exact_prefill import prefill
 from flux_mlx.models import set_kv_policy
@@ -71,7 +72,7 @@ def row(args: Any, model: nn.Module, tokens: int) -> dict[str, Any]:
         "prefill_s": seconds,
         "kv_bytes": kv_bytes,
         "peak_bytes": max(noted["peak_bytes"] for noted in watch.layers),
-        "hidden_buffer_bytes": tokens * model.args.hidden_size * 2,
+        "hidden_buffer_bytes": tokens * model.args.hidden_size * AttentionShape.of(model).dtype.size,
         "largest_sparse_cache_bytes": max(sparse, default=0),
         "token_s": decode_s(model, last, cache, 32),
         "layers": watch.layers,
