@@ -329,7 +329,8 @@ class RouterState:
             sparse: bool `[B]`: the router says SPARSE. Not waited for, unless a row's own route matters too.
             fed: The rows that it counts for.
         """
-        if self.is_evicted:  # sparse for good
+        if self.is_evicted:  # sparse for good: no decision that is waited for has the pools computed
+            self.compute()
             return
         short = self._rows[:, Counter.TURN] < self.caches[1][1].shape[1]
         bound = (self._rows[:, Counter.BOUND] != Bound.FREE) & short

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import weakref
 from contextlib import suppress
 from typing import Any
@@ -203,7 +204,7 @@ def test_a_cache_that_was_evaluated_and_then_decoded_keeps_no_layer_and_no_input
     del model
     gc.collect()
     assert [layer() for layer in layers] == [None] * LAYERS
-    assert [entry.inputs for entry in cache] == [None] * LAYERS
+    assert all(entry.inputs is None for entry in cache)
     assert Route.UNSET not in flux_mlx.routes(cache)
 
 
@@ -215,3 +216,28 @@ def test_a_turn_in_chunks_after_a_short_one_that_nobody_looked_at():
     caches.prefill(256, 64)
     caches.check()
     assert {tuple(entry.counters[0, [Counter.PREFIX, Counter.PREFIX_END]]) for entry in caches.late} == {(40, 40)}
+
+
+def test_an_evicted_cache_keeps_no_inputs_of_later_turns():
+    """It is sparse for good: nobody waits for a decision, with which pools are computed."""
+    model = routed_model()
+    set_route(model, "sparse")
+    set_kv_policy(model, "evict")
+    cache = model.make_cache()
+    last = flux_mlx.prefill(model, mx.array(prompt(300)), cache)
+    mx.eval(model(last[None], cache=cache))
+    set_route(model, "auto")
+    for turn in range(3):
+        last = flux_mlx.prefill(model, mx.array(prompt(20, seed=turn)), cache)
+        for _ in range(3):
+            mx.eval(model(last[None], cache=cache))
+    assert {entry.is_evicted for entry in cache} == {True}
+    assert all(entry.inputs is None for entry in cache)
+    assert [_operations(entry.caches[1].cache) for entry in cache] == [0] * LAYERS
+
+
+def _operations(arrays: list[mx.array]) -> int:
+    """How many operations wait for an evaluation of arrays, which hold on to the operands until then."""
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *arrays)
+    return graph.getvalue().count("rectangle")
