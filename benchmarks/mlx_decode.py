@@ -20,8 +20,9 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from benchmarks.mlx_common import flux_model, parse, parser, pattern_of, save
+from flux_mlx.benchmark_compare import median_ratio
 from flux_mlx.benchmark_models import stock_view
-from flux_mlx.benchmark_parts import AttentionShape, Ceiling, decode_seconds, dense, sparse_decode, visible_share
+from flux_mlx.benchmark_parts import AttentionShape, Ceiling, decode_seconds, dense, grow, sparse_decode, visible_share
 from flux_mlx.benchmark_routes import spread_full_layers
 from flux_mlx.models import KV_POLICIES, routed_layers, set_kv_policy, set_route
 
@@ -32,10 +33,7 @@ def filled_cache(model: nn.Module, shape: AttentionShape, tokens: int) -> list[A
     """A cache of the model that holds random keys and values."""
     cache = make_prompt_cache(model)
     for entry in cache:
-        kv = getattr(entry, "kv", entry)
-        for n in (tokens - 1, 1):  # grown in two steps, as in a model
-            kv.update_and_fetch(*(shape.keys(n) for _ in range(2)))
-            mx.eval(kv.state)
+        grow(getattr(entry, "kv", entry), shape, tokens)
     return cache
 
 
@@ -79,18 +77,15 @@ def rows(args: Any, model: nn.Module, tokens: int) -> list[dict[str, Any]]:
                 "sparse_layers": sparse_layers,
                 "stock_token_s": medians["stock"],
                 **{f"{policy}_token_s": medians[omega, policy] for policy in KV_POLICIES},
-                **ceiling.columns(medians[omega, "keep"], parts["sparse"], paired(times, omega, "keep")),
-                "evict_speedup": paired(times, omega, "evict"),
+                **ceiling.columns(
+                    medians[omega, "keep"], parts["sparse"], median_ratio(times["stock"], times[omega, "keep"])
+                ),
+                "evict_speedup": median_ratio(times["stock"], times[omega, "evict"]),
                 "least_token_s": {"stock": min(times["stock"])}
                 | {policy: min(times[omega, policy]) for policy in KV_POLICIES},
             }
         )
     return found
-
-
-def paired(times: dict[Any, list[float]], omega: float, policy: str) -> float:
-    """Median over the rounds of stock's time over Flux's."""
-    return statistics.median(a / b for a, b in zip(times["stock"], times[omega, policy], strict=True))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,13 +8,13 @@ one. The design allows exact prefill one buffer of hidden states more.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.nn as nn
 
 from benchmarks.mlx_common import flux_model, force_routes, parse, parser, prompts, save, timed
+from flux_mlx.benchmark_compare import median_ratio
 from flux_mlx.benchmark_models import stock_view
 from flux_mlx.benchmark_parts import AttentionShape
 from flux_mlx.benchmark_runs import Run, Work, run_flux, run_stock
@@ -52,8 +52,7 @@ def row(args: Any, model: nn.Module, tokens: int) -> dict[str, Any]:
     result: dict[str, Any] = {"tokens": tokens, "hidden_buffer_bytes": buffer_bytes, "runs": found}
     for routes in ("full", "spread"):
         exact, chunked = found[f"exact, {routes}"], found[f"chunked, {routes}"]
-        pairs = zip(exact["all_prefill_s"], chunked["all_prefill_s"], strict=True)
-        result[f"exact_over_chunked_{routes}"] = statistics.median(mine / its for mine, its in pairs)
+        result[f"exact_over_chunked_{routes}"] = median_ratio(exact["all_prefill_s"], chunked["all_prefill_s"])
         result[f"peak_over_allowed_{routes}"] = exact["peak_bytes"] / (chunked["peak_bytes"] + buffer_bytes)
     return result
 

@@ -20,13 +20,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from benchmarks.mlx_cuda_common import DTYPE, HEAD_DIM, HEADS, PATTERN, draw, draw_queries
 from flux_mlx import cuda_kernels
 from flux_mlx.benchmark_report import check_target, hardware, versions, write_json
-from flux_mlx.spec import PatternConfig, Route, visible_pairs
+from flux_mlx.spec import Route, visible_pairs
 
 MODULE = "benchmarks.mlx_kernel_times"
-PATTERN = PatternConfig()
-HEADS, HEAD_DIM, DTYPE = (32, 8), 128, "bfloat16"
 REPEATS = 5
 DECODE_KEYS = (4096, 32768, 131072, 524288, 1 << 20)
 PREFILLS = ((32768, 2048), (32768, 8192), (32768, 32768), (131072, 2048), (131072, 131072))  # keys, queries
@@ -45,10 +44,7 @@ def cases() -> list[dict[str, Any]]:
 def launch(case: dict[str, Any]) -> None:
     """The launches of one case, on random data."""
     tokens, q_tokens = case["tokens"], case["q_tokens"]
-    shape = (1, HEADS[1], tokens, HEAD_DIM)
-    k, v = (mx.random.normal(shape, getattr(mx, DTYPE)) for _ in range(2))
-    q = mx.random.normal((1, q_tokens, HEADS[0], HEAD_DIM), getattr(mx, DTYPE)).swapaxes(1, 2)
-    mx.eval(q, k, v)
+    k, v, q = draw(HEADS[1], tokens), draw(HEADS[1], tokens), draw_queries(HEADS[0], q_tokens)
     if case["operation"] == "decode":
         decode = cuda_kernels.decoder(q.shape, k.shape, DTYPE, PATTERN, HEAD_DIM**-0.5, Route.SPARSE)
     for _ in range(REPEATS):

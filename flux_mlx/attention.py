@@ -105,7 +105,9 @@ def sparse_attention(
     _check_impl("sparse_attention", impl)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     buffers = k, v
-    if kv_tokens is not None and kv_tokens != k.shape[2]:
+    if kv_tokens == k.shape[2]:
+        kv_tokens = None
+    if kv_tokens is not None:
         if not q.shape[2] <= kv_tokens < k.shape[2]:
             raise ValueError(
                 f"[sparse_attention] kv_tokens must be from L to the keys in the buffer, got {kv_tokens} with "
@@ -115,7 +117,7 @@ def sparse_attention(
     if impl is None:
         impl = kernel_policy.choose(q, k, v, pattern, prompt_tokens)
     if impl in cuda_kernels.FAMILIES:
-        return _by_kernels(impl, pattern, prompt_tokens, scale, k.shape[2])(q, *buffers)
+        return _by_kernels(impl, pattern, prompt_tokens, scale, kv_tokens)(q, *buffers)
     if impl in _MODULES:
         return _by_kernels(impl, pattern, prompt_tokens, scale)(q, k, v)
     return _by_operations(q, k, v, pattern, prompt_tokens, scale)

@@ -125,10 +125,14 @@ def summary(runs: list[Run], prompt_tokens: int, rows: int) -> dict[str, Any]:
     }
 
 
+def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Median over the rounds of one time over the other: a machine that is slow for a while is slow for both."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
 def paired_speedup(found: dict[str, list[Run]], name: str) -> float:
-    """Median over the rounds of stock's time over Flux's: a machine that is slow for a while is slow for both."""
-    pairs = zip(found["stock"], found["flux"], strict=True)
-    return statistics.median(getattr(stock, name) / getattr(flux, name) for stock, flux in pairs)
+    """Stock's time over Flux's, round by round."""
+    return median_ratio(*([getattr(run, name) for run in found[side]] for side in ("stock", "flux")))
 
 
 def attention_times(bench: Bench, prompt_tokens: int) -> dict[str, dict[str, float]]:

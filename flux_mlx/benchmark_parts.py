@@ -135,15 +135,15 @@ def prefill_seconds(shape: AttentionShape, tokens: int, step: int, attends: dict
     return total
 
 
-def grown_cache(shape: AttentionShape, tokens: int) -> KVCache:
-    """mlx-lm's cache of random keys and values, grown in two steps as a model's is: MLX's choice of kernel for one
-    query depends on how the buffers came to be."""
-    kv = KVCache()
+def grow(kv: Any, shape: AttentionShape, tokens: int) -> None:
+    """Fill an empty KV cache with random keys and values, in two steps as a model does.
+
+    MLX's choice of kernel for one query depends on how the buffers came to be.
+    """
     for n in (tokens - 1, 1):
         if n:
             kv.update_and_fetch(*(shape.keys(n) for _ in range(2)))
             mx.eval(kv.state)
-    return kv
 
 
 def decode_seconds(
@@ -161,7 +161,8 @@ def decode_seconds(
     sets = max(1, min(_MAX_KEY_SETS, key_bytes // shape.kv_bytes(tokens)))
     caches = []
     for _ in range(sets):
-        caches.append(grown_cache(shape, tokens))
+        caches.append(KVCache())
+        grow(caches[-1], shape, tokens)
     q = shape.queries(1)
     return {
         name: seconds_a_call(lambda x, index, a=attend: a(x, caches[index % sets]), q)

@@ -162,14 +162,17 @@ class RoutedAttention:
         """Attention with at least one sparse row, output projection included."""
         if self.evicts and (cache.drops_early or x.shape[1] < self.flux.router.min_prefill_tokens):
             cache.evict(self.flux.pattern)
-        offset = cache.offset
-        q, k, v = (part.swapaxes(1, 2) for part in project(self, x))  # [B, H, L, D]
-        q, k = rotate(self, q, offset), rotate(self, k, offset)
+        q, k, v = self.project_at(x, cache.offset)
         k, v = cache.kv.update_and_fetch(k, v)
         if (out := self.attend_batch(q, cache)) is not None:
             return self.o_proj(out)
         groups = row_groups([route == Route.SPARSE for route in cache.routes], cache.left_padding())
         return self.attend_rows(q, k, v, mask, list(groups), cache)
+
+    def project_at(self, x: mx.array, offset: Any) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries, keys and values `[B, H, L, D]` of `[B, L, hidden]`, rotated for tokens from `offset` on."""
+        q, k, v = (part.swapaxes(1, 2) for part in project(self, x))
+        return rotate(self, q, offset), rotate(self, k, offset), v
 
     def attend_batch(self, q: mx.array, cache: CacheList) -> mx.array | None:
         """Attention of a short call of a batch without padding, `[B, L, hidden]`; None if no kernel takes all rows."""
@@ -177,20 +180,16 @@ class RoutedAttention:
             return None
         if any(cache.left_padding()):
             return None
-        cache.short_calls = cache.short_calls or ShortCalls()
-        return cache.short_calls.batch(q, cache.kv, self.flux.pattern, self.scale, cache.routes)
+        return ShortCalls.of(cache).batch(q, cache.kv, self.flux.pattern, self.scale, cache.routes)
 
     def attend_short(self, x: mx.array, mask: Any, cache: CacheList) -> mx.array:
         """`attend` of a short call of one sparse row."""
         kv = cache.caches[0]
         if type(kv) is not KVCache:
             return self.attend(x, mask, cache)
-        offset = kv.offset
-        q, k, v = (part.swapaxes(1, 2) for part in project(self, x))  # [1, H, L, D]
-        q, k = rotate(self, q, offset), rotate(self, k, offset)
+        q, k, v = self.project_at(x, kv.offset)
         kv.update_and_fetch(k, v)
-        cache.short_calls = cache.short_calls or ShortCalls()
-        return self.o_proj(cache.short_calls(q, kv, self.flux.pattern, self.scale))
+        return self.o_proj(ShortCalls.of(cache)(q, kv, self.flux.pattern, self.scale))
 
     def attend_uncached(self, x: mx.array, mask: Any) -> mx.array:
         """Attention over whole rows without a cache, each routed by itself: `mlx_lm.perplexity`, calibration.

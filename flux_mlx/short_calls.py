@@ -7,6 +7,7 @@ in every layer for every token.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache
@@ -27,6 +28,13 @@ class ShortCalls:
     def __init__(self) -> None:
         self._key: tuple[int, int, tuple[Route, ...]] | None = None  # L, capacity and routes that `_decoder` is for
         self._decoder: Decoder | None = None
+
+    @classmethod
+    def of(cls, cache: Any) -> ShortCalls:
+        """Those of a routed cache (`flux_mlx.cache.CacheList`), made when they are first asked for."""
+        if cache.short_calls is None:
+            cache.short_calls = cls()
+        return cache.short_calls
 
     def __call__(self, q: mx.array, kv: KVCache, pattern: PatternConfig, scale: float) -> mx.array:
         """Sparse attention of the newest L tokens, which `kv` holds already.
