@@ -30,23 +30,22 @@ def source_hash() -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
-def scalars() -> tuple[tuple[str, str], ...]:
-    """(name, type) of the entry's scalars, in order, from its text."""
-    (listed,) = re.findall(r"FLUX_ENTRY\((.*?)\) \{", SOURCE.read_text(), re.DOTALL)
+def scalars(source: Path = SOURCE) -> tuple[tuple[str, str], ...]:
+    """(name, type) of the scalars of a text's entry, in order."""
+    (listed,) = re.findall(r"FLUX_ENTRY\((.*?)\) \{", source.read_text(), re.DOTALL)
     found = re.findall(r"\b(int|float) (\w+)", listed)
     return tuple((name, {"int": "int32", "float": "float32"}[kind]) for kind, name in found)
 
 
-def compile_ptx(name: str, dtype: str, head_dim: int, architecture: str) -> str:
-    """PTX of one variant, in the version that the oldest driver in use reads.
+def compile_ptx(source: Path, macros: dict[str, str | int], architecture: str) -> str:
+    """PTX of one variant of a text, in the version that the oldest driver in use reads.
 
     Raises:
         RuntimeError: nvcc refuses the text; the message is its own.
     """
-    defines = {"FLUX_ENTRY": name, "FLUX_T": ELEMENTS[dtype], "FLUX_D": head_dim}
-    command = ["nvcc", *OPTIONS, f"-arch={architecture.replace('sm', 'compute')}", "-ptx", "-o", "-", str(SOURCE)]
+    command = ["nvcc", *OPTIONS, f"-arch={architecture.replace('sm', 'compute')}", "-ptx", "-o", "-", str(source)]
     done = subprocess.run(
-        [*command, *(f"-D{key}={value}" for key, value in defines.items())], capture_output=True, text=True
+        [*command, *(f"-D{key}={value}" for key, value in macros.items())], capture_output=True, text=True
     )
     if done.returncode:
         raise RuntimeError(f"[compile_ptx] nvcc for {architecture}: {done.stderr.strip()}")
@@ -58,7 +57,8 @@ def compile_ptx(name: str, dtype: str, head_dim: int, architecture: str) -> str:
 def export(dtype: str, head_dim: int, suffix: str) -> tuple[Compiled, bytes]:
     """Compile one variant: (how to launch it, its machine code or PTX)."""
     name, architecture = f"flux_decode_{dtype}_d{head_dim}", ARCHITECTURES[suffix]
-    ptx = compile_ptx(name, dtype, head_dim, architecture)
+    macros = {"FLUX_ENTRY": name, "FLUX_T": ELEMENTS[dtype], "FLUX_D": head_dim}
+    ptx = compile_ptx(SOURCE, macros, architecture)
     record = Compiled(
         name=name,
         family="decode",

@@ -1,6 +1,7 @@
 """The compiled CUDA kernels in `data/cuda` and how they are launched. Nothing here needs MLX or a GPU.
 
-Prefill is Triton's, compiled by `cuda_reference.export_ptx`; decode is CUDA C++, by `cuda_reference.export_decode`.
+Prefill is Triton's, compiled by `cuda_reference.export_ptx`; decode and the layer router are CUDA C++, by
+`cuda_reference.export_decode` and `cuda_reference.export_router`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ HEAD_DIMS = (64, 128)
 DECODE_TOKENS = 8  # longest call that is decoded
 DECODE_ROWS = 8  # kRows of decode.cu: query rows of a block
 DECODE_SLOTS = 1024  # calls that may be under way at once; MLX's graphs hold a tenth
+ROUTER_DTYPES = ("bfloat16", "float16", "float32")  # of the queries that the router pools
+ROUTER_UNITS = 16  # kUnits of router.cuh: units of a layer that a block computes
+ROUTER_CHANNELS = 256  # largest D; a smaller one has to be a multiple of 4
 LOG2_E = 1.4426950408889634
 
-_MANIFESTS = ("manifest.json", "manifest_decode.json")
+_MANIFESTS = ("manifest.json", "manifest_decode.json", "manifest_router.json")
+_OF_PREFILL = ("hopper", "portable")
 _TILE_TOKENS = 128  # rows and keys of the Hopper kernel's tiles
 _DECODE_KEYS = 144  # keys that a decode block takes at once: 16 a warp
 _MAX_SPLITS = 64
@@ -53,15 +58,16 @@ class Compiled:
 
     Args:
         name: Name of the entry, and of the file.
-        family: "hopper" or "portable" prefill, or "decode".
-        dtype: Of q, k, v and out.
-        head_dim: D.
+        family: "hopper" or "portable" prefill, "decode", or a step of the router: "router_pool", "router_encode",
+            "router_decide".
+        dtype: Of q, k, v and out; of the queries that are pooled.
+        head_dim: D; 0: any that the router has.
         block_size: The pattern's block size has to be this one; 0: any multiple of 128; decode takes every one.
         suffix: "cubin" (machine code of one architecture) or "ptx".
         architecture: That of the machine code; of PTX the oldest that takes it.
         inputs, outputs: Pointer parameters in order; the output "scratch" is there if `scratch_bytes` is not 0.
         scalars: (name, "int32" or "float32") of the parameters behind them, in order.
-        rows: Query rows of a tile or block.
+        rows: Query rows of a tile or block; tokens or units of one of the router's.
         threads: Of a block.
         shared_bytes: Dynamic shared memory of a block.
         scratch_bytes: Global scratch of a block.
@@ -139,7 +145,7 @@ def code(kernel: Compiled) -> bytes:
 def find(dtype: str, head_dim: int, block_size: int, device: Device, family: str | None = None) -> Compiled | None:
     """The first kernel of `family` that can compute such a call on `device`; None if none can. None: any of prefill."""
     for kernel in compiled_kernels():
-        is_asked = kernel.family == family or (family is None and kernel.family != "decode")
+        is_asked = kernel.family == family or (family is None and kernel.family in _OF_PREFILL)
         fits = kernel.dtype == dtype and kernel.head_dim == head_dim and kernel.takes(block_size)
         if is_asked and fits and kernel.runs_on(device):
             return kernel

@@ -102,8 +102,8 @@ def _route_of_all(route: mx.array | tuple[int, ...]) -> int:
 
 
 @cache
-def _tickets(groups: int) -> tuple[mx.array, Iterator[int]]:
-    """What decode's blocks count in: zeros of `DECODE_SLOTS` slots, and the slots in turn.
+def ticket_slots(groups: int) -> tuple[mx.array, Iterator[int]]:
+    """What the blocks of decode and of the router count in: zeros of `DECODE_SLOTS` slots, and the slots in turn.
 
     MLX may run calls that do not depend on each other at once, so each gets another slot; a graph of MLX holds about a
     hundred calls, and graphs run one after the other.
@@ -270,7 +270,7 @@ def decoder(
         raise ValueError(f"[decoder] {problem}.")
     codes = tuple(int(code) for code in route) if isinstance(route, tuple) else (int(route),) * B
     prepared = run(_decode_launch(q_shape, k_shape, dtype_name, pattern, scale, _route_of_all(codes)))
-    codes, (tickets, slots) = _route_codes(codes), _tickets(cuda_catalog.decode_groups(q_shape, k_shape[1]))
+    codes, (tickets, slots) = _route_codes(codes), ticket_slots(cuda_catalog.decode_groups(q_shape, k_shape[1]))
 
     def decode_one(q: mx.array, k: mx.array, v: mx.array, kv_tokens: int) -> mx.array:
         return prepared([q, k, v, codes, tickets], (kv_tokens, next(slots)))[0]
@@ -314,7 +314,7 @@ def _decode(
 ) -> tuple[mx.array, mx.array]:  # fmt: skip
     (B, HQ, L, D), kv_heads = q.shape, k.shape[1]
     launch = _decode_launch(tuple(q.shape), tuple(k.shape), _dtype_name(q), pattern, scale, route_of_all)
-    tickets, slots = _tickets(cuda_catalog.decode_groups(tuple(q.shape), kv_heads))
+    tickets, slots = ticket_slots(cuda_catalog.decode_groups(tuple(q.shape), kv_heads))
     out, work = run(launch)([q.swapaxes(1, 2), k, v, route, tickets], (kv_tokens, next(slots)))
     low = cuda_catalog.lse_offset(tuple(q.shape), kv_heads, launch.blocks[0])
     return out.reshape(B, L, HQ, D).swapaxes(1, 2), work[low : low + B * HQ * L].reshape(B, HQ, L)

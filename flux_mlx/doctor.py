@@ -65,7 +65,7 @@ def all_variants() -> list[Variant]:
 
 
 def _cuda_variants() -> list[Variant]:
-    """The block sizes that prefill is compiled for here, and decode of the default pattern."""
+    """The block sizes that prefill is compiled for here, decode of the default pattern, and the router."""
     blocks = {kernel.block_size or 128 for kernel in cuda_catalog.compiled_kernels()}
     variants = []
     for dtype in cuda_catalog.DTYPES:
@@ -74,6 +74,8 @@ def _cuda_variants() -> list[Variant]:
             calls = [(q, PatternConfig(block_size=block)) for block in sorted(blocks)]
             calls.append((q[:, :, :1], PATTERN))
             variants += [kernel_policy.cuda_variant_of(x, k, k, pattern, None) for x, pattern in calls]
+    sizes = [(dtype, head_dim) for dtype in cuda_catalog.ROUTER_DTYPES for head_dim in catalog.HEAD_DIMS]
+    variants += [kernel_policy.router_variant(*size) for size in sizes]
     return [variant for variant in variants if variant is not None]
 
 

@@ -6,7 +6,9 @@ prompt, then runs over all chunks. That costs one buffer of hidden states `[L, h
 chunks are stock's, and each is computed by the stock model's own forward pass in which all other layers are skipped.
 
 The device is kept busy: chunks are handed to it ahead of time, a few at once, and a layer's route is first waited for
-where it matters, behind the chunks that sink and window hold as a whole. A prompt of one chunk is stock's own call.
+where it matters, behind the chunks that sink and window hold as a whole. The router's small kernels run beside the
+first chunk's projections, and the rest of that chunk behind them, while the host waits for the route and builds the
+next chunk. A prompt of one chunk is stock's own call.
 """
 
 from __future__ import annotations
@@ -311,14 +313,15 @@ def _prefill_layer(
         entry.wake()
         entry.pinned, entry.drops_early = entry.offset + left + 1, evicts and attn.flux.pattern.name == "streaming"
         _route_layer(layer, entry, hidden)
-        if not attn.is_dense(entry, left):
-            entry.start_decision()  # ahead of the chunks: the first ones can do without it
+    needs_route = routed and not attn.is_dense(entry, left)
     try:
         for i, chunk in enumerate(chunks):
             if i == int(evicts):  # the first chunk does not know yet whether all keys will be kept
                 _reserve(entry, left)
             out = run(chunk, hidden[i])
             hidden[i] = None if is_last else out  # of the last layer only keys and values are needed
+            if needs_route and i == 0:  # a first chunk without a route: its keys are independent of the router's work
+                entry.start_decision(_keys(entry))
             device.hand_over(entry, hidden[i])
             left -= chunk.shape[1]
         if evicts and not attn.is_dense(entry, 0) and Route.SPARSE in entry.routes:

@@ -1,5 +1,7 @@
 """When our kernels are used: on a Metal or CUDA device, after a self-test, where they should win; else MLX operations.
 
+The router's are used wherever they compute: operations take eight times as many launches.
+
 A variant of a kernel (operation, dtype, head dim, rows) is compared with the specification at its first use
 (`flux_mlx.kernel_self_test`). A mismatch, a failed compile or a failed load means operations from then on, one warning,
 and a count in `flux_mlx.doctor`.
@@ -12,14 +14,15 @@ import os
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from flux_mlx import cuda_catalog, cuda_kernels, kernels
+from flux_mlx import cuda_catalog, cuda_kernels, cuda_router, kernels
 from flux_mlx.kernel_self_test import Variant, self_test
 from flux_mlx.spec import PatternConfig
 from metal_kernels import catalog, launches
@@ -36,6 +39,7 @@ class Record:
         self.lock = threading.Lock()
         self.verdicts: dict[Variant, str] = {}  # "" is passed, else the reason
         self.calls: Counter[str] = Counter()
+        self.switched_off: set[str] = set()  # operations that kernels are not to take
 
 
 RECORD = Record()
@@ -101,6 +105,38 @@ def _cuda_choice(q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, 
         if kernel.family != "portable" and verdict(variant):
             variant = cuda_variant_of(q, k, v, pattern, prompt_tokens, "cuda-portable") or variant
     return variant.backend if _trusts(variant, pattern, k.shape[2]) else "ops"
+
+
+def use_cuda_router(dtype: str, head_dim: int) -> bool:
+    """Whether the layer router goes to the CUDA kernels, for queries or pooled rows of this dtype and head dim."""
+    if not cuda_kernels.is_available():
+        return False
+    if mx.default_device().type != mx.gpu:
+        return _decline("the default device is not the GPU")
+    if "router" in RECORD.switched_off:
+        return _decline("router switched off")
+    variant = router_variant(dtype, head_dim)
+    if variant is None:
+        return _decline("unsupported dtype or head dim")
+    if verdict(variant):
+        return _decline("self-test failed")
+    RECORD.calls[variant.backend] += 1
+    return True
+
+
+def router_variant(dtype: str, head_dim: int) -> Variant | None:
+    """The variant of a router; None if no kernel takes its queries on this GPU."""
+    return None if cuda_router.refusal(dtype, head_dim) else Variant("router", dtype, head_dim, backend="cuda")
+
+
+@contextmanager
+def without(operation: str) -> Iterator[None]:
+    """Within it `operation` ("router") is left to MLX operations: to compare the two."""
+    RECORD.switched_off.add(operation)
+    try:
+        yield
+    finally:
+        RECORD.switched_off.discard(operation)
 
 
 def use_metal(q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None = None) -> bool:

@@ -11,8 +11,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from flux_mlx import cuda_kernels, kernels, spec, xattention
-from flux_mlx.spec import PatternConfig, Route
+from flux_mlx import cuda_kernels, cuda_router, kernels, spec, xattention
+from flux_mlx.spec import PatternConfig, Route, RouterConfig
+from metal_kernels.catalog import ROUTER_PARAMETERS
 
 TOLERANCE = {"float32": 2e-4, "float16": 5e-3, "bfloat16": 4e-2}
 _KV_TOKENS = 171
@@ -26,7 +27,8 @@ class Variant:
     """What a self-test covers.
 
     Args:
-        operation: "prefill" (streaming or triangle), "decode" (up to 8 queries), "blocks" (xattention's prefill).
+        operation: "prefill" (streaming or triangle), "decode" (up to 8 queries), "blocks" (xattention's prefill),
+            "router" (CUDA: the layer router).
         dtype: Dtype name of q, k and v.
         head_dim: D.
         rows: Metal: query rows of a threadgroup that share a KV head (decode; 1 elsewhere).
@@ -50,13 +52,15 @@ def self_test(variant: Variant, run: Any = None) -> str:
         run: Launcher of its backend; the device's by default.
     """
     try:
-        if variant.backend in cuda_kernels.FAMILIES:
+        if variant.operation == "router":
+            error = _router_error(variant, run or cuda_kernels.cuda_run)
+        elif variant.backend in cuda_kernels.FAMILIES:
             error = _cuda_error(variant, run or cuda_kernels.cuda_run)
         else:
             error = _metal_error(variant, run or kernels.metal_run)
     except Exception as failure:  # a compiler's error is a RuntimeError, but whatever fails here must not pass
         return f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
-    allowed = TOLERANCE[variant.dtype]
+    allowed = TOLERANCE["float32" if variant.operation == "router" else variant.dtype]
     return "" if error <= allowed else f"differs from the specification by {error:.3g}, allowed {allowed:g}"
 
 
@@ -124,6 +128,30 @@ def _cuda_error(variant: Variant, run: Any) -> float:
         out = cuda_kernels.decoder(*key, run)(last, k, v, kv_tokens)
         pairs.append((out, expected[0][:, :, -1].reshape(out.shape)))
     return _largest_error(pairs)
+
+
+def _router_error(variant: Variant, run: Any) -> float:
+    """Largest error of rows and logits; inf for a decision that does not follow from its logits.
+
+    One batch row pools as many tokens as there are, the other one fewer of each end, NaN in the place of the rest.
+    """
+    rng, D, P = np.random.default_rng(0), variant.head_dim, 13
+    queries = mx.array(rng.standard_normal((2 * P, 7, D), np.float32) + 1).astype(getattr(mx, variant.dtype))
+    rows = cuda_router.mean_over_heads(queries, run=run)
+    means = np.array(queries.astype(mx.float32)).astype(np.float64).mean(axis=1)
+    prefix, recent = (np.stack([part, part]).astype(np.float32) for part in (means[:P], means[P:]))
+    prefix[1, P - 1 :] = recent[1, :2] = np.nan
+    weights = {
+        name: rng.standard_normal(shape, np.float32) * shape[-1] ** -0.5
+        for name, shape in RouterConfig.parameter_shapes(D).items()
+    }
+    parameters = [mx.array(weights[name]) for name in ROUTER_PARAMETERS]
+    counts = ((P, P), (P - 1, P - 2))
+    sparse, logits = cuda_router.decide(mx.array(prefix), mx.array(recent), counts, parameters, run=run)
+    pooled = [np.concatenate([prefix[b, :n], recent[b, P - m :]]).mean(axis=0) for b, (n, m) in enumerate(counts)]
+    error = _largest_error([(rows, means), (logits, spec.route_logits(weights, np.stack(pooled)))])
+    said = [Route.SPARSE if is_sparse else Route.FULL for is_sparse in sparse.tolist()]
+    return error if said == spec.decide(np.array(logits)) else float("inf")
 
 
 def _expected_by_row(

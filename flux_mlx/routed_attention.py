@@ -18,7 +18,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 from flux_mlx.attention import sparse_attention
 from flux_mlx.cache import CacheList
 from flux_mlx.families import project, project_queries, rotate
-from flux_mlx.router import decide, is_sparse, pool_queries
+from flux_mlx.router import decide, decide_by_kernel, is_sparse, mean_over_heads, pool_queries
 from flux_mlx.router_state import RESTLESS
 from flux_mlx.router_training import Samples, attend_training
 from flux_mlx.short_calls import ShortCalls
@@ -141,11 +141,12 @@ class RoutedAttention:
 
     def decide(self, cache: CacheList, fed: list[bool]) -> None:
         """Let the router decide the rows that were fed. The decision stays on the device until it is needed."""
-        cache.decide(is_sparse(self.route_logits(cache.pooled())), fed)
+        sparse = decide_by_kernel(self.router, *cache.pool_rows()) if self.group is None else None
+        cache.decide(is_sparse(self.route_logits(cache.pooled())) if sparse is None else sparse, fed)
 
     def query_rows(self, x: mx.array) -> mx.array:
         """Queries before RoPE, averaged over the heads of all ranks: `[1, L, hidden]` to float32 `[L, D]`."""
-        return self.over_ranks(project_queries(self, x).squeeze(0).astype(mx.float32).mean(axis=1))
+        return self.over_ranks(mean_over_heads(project_queries(self, x).squeeze(0)))
 
     def over_ranks(self, mean: mx.array) -> mx.array:
         """The mean over the heads of all ranks, of the mean over this rank's."""

@@ -6,6 +6,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from flux_mlx import cuda_router, kernel_policy
+from flux_mlx.cuda_router import Counts
+from flux_mlx.kernels import dtype_name
 from flux_mlx.spec import Route, RouterConfig
 from flux_mlx.spec.router import init_weights
 
@@ -52,11 +55,34 @@ class LayerRouter(nn.Module):
             x = step(x)
         return x
 
+    def affine_parameters(self) -> list[mx.array] | None:
+        """In the order of `metal_kernels.catalog.ROUTER_PARAMETERS`; None if a step is wrapped or not of float32."""
+        steps = [step for step in self.encoder + self.head if not isinstance(step, nn.SiLU)]
+        if not all(isinstance(step, Affine) for step in steps):
+            return None
+        parameters = [x for step in steps for x in (step.weight, step.bias)]
+        return parameters if all(x.dtype == mx.float32 for x in parameters) else None
+
 
 def pool_queries(queries: mx.array, pool_tokens: int) -> mx.array:
     """Mean over the first and the last `pool_tokens` tokens and over the heads: `[B, L, HQ, D]` to float32 `[B, D]`."""
     ends = mx.concatenate([queries[:, :pool_tokens], queries[:, -pool_tokens:]], axis=1)
     return ends.astype(mx.float32).mean(axis=(1, 2))
+
+
+def mean_over_heads(queries: mx.array) -> mx.array:
+    """Of each token: `[T, HQ, D]` to float32 `[T, D]`."""
+    if kernel_policy.use_cuda_router(dtype_name(queries), queries.shape[2]):
+        return cuda_router.mean_over_heads(queries)
+    return queries.astype(mx.float32).mean(axis=1)
+
+
+def decide_by_kernel(router: LayerRouter, prefix: mx.array, recent: mx.array, counts: Counts) -> mx.array | None:
+    """`is_sparse` of `router` for what a cache holds (`flux_mlx.cuda_router.decide`); None where no kernel says it."""
+    if not kernel_policy.use_cuda_router(dtype_name(prefix), prefix.shape[2]):
+        return None
+    parameters = router.affine_parameters()
+    return None if parameters is None else cuda_router.decide(prefix, recent, counts, parameters)[0]
 
 
 def p_full(logits: mx.array) -> mx.array:

@@ -312,12 +312,16 @@ class RouterState:
         counters[Counter.END] = offset
         counters[[Counter.SHORT_CALLS, Counter.SHORT_TOKENS]] = 0
 
+    def pool_rows(self) -> tuple[mx.array, mx.array, tuple[tuple[int, int], ...]]:
+        """What the router pools: prefix and recent, float32 `[B, P, D]`, and how many rows of each count."""
+        counts = tuple((row[Counter.PREFIX], row[Counter.RECENT]) for row in self._rows.tolist())
+        return self.caches[1][1], self.caches[1][2], counts
+
     def pooled(self) -> mx.array:
         """Mean of the prefix and of the recent rows: the router's input, float32 `[B, D]`."""
+        prefix, tail, counts = self.pool_rows()
         rows = []
-        for row, counters in enumerate(self._rows.tolist()):
-            used, recent = counters[Counter.PREFIX], counters[Counter.RECENT]
-            prefix, tail = self.caches[1][1], self.caches[1][2]
+        for row, (used, recent) in enumerate(counts):
             ends = mx.concatenate([prefix[row, :used], tail[row, tail.shape[1] - recent :]])
             rows.append(ends.sum(0) / max(1, used + recent))
         return rows[0][None] if len(rows) == 1 else mx.stack(rows)
@@ -354,10 +358,10 @@ class RouterState:
         counters[held & fed, Counter.ROUTE] = Route.FULL
         return (np.array(fed) & ~held).tolist()
 
-    def start_decision(self) -> None:
-        """Start computing a decision just made."""
+    def start_decision(self, beside: Any = ()) -> None:
+        """Start computing a decision just made, in one piece of work with arrays that do not depend on it."""
         if self._decision is not None:
-            mx.async_eval(self._decision.sparse)
+            mx.async_eval(self._decision.sparse, beside)
 
     def _rewind(self) -> None:
         """Forget what was pooled of tokens that are gone. A layer that dropped keys stays sparse.

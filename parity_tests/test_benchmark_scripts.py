@@ -10,11 +10,12 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import apple_prediction, mlx_host_time, mlx_prediction, mlx_report
 from benchmarks.mlx_prediction import QWEN3_4B, QWEN3_8B, SMALL, Machine
-from flux_mlx import benchmark
+from flux_mlx import benchmark, kernel_policy
 from flux_mlx.benchmark_models import SHAPES
 from flux_mlx.benchmark_parts import visible_share
 from flux_mlx.spec import PatternConfig
@@ -49,10 +50,25 @@ def test_exact_cost_compares_equal_routes(tmp_path):
     assert row["peak_over_allowed_full"] > 0
 
 
-def test_router_cost_is_that_of_neighbouring_runs(tmp_path):
+def test_router_cost_is_that_of_neighbouring_runs(tmp_path, monkeypatch):
+    switched_off = []
+    use = kernel_policy.use_cuda_router
+
+    def noted(*call):
+        switched_off.append(frozenset(kernel_policy.RECORD.switched_off))
+        return use(*call)
+
+    monkeypatch.setattr(kernel_policy, "use_cuda_router", noted)
     (row,) = rows_of("mlx_router_cost", tmp_path, "--lengths", "100", "-n", "3")["rows"]
-    assert {kind: run["sparse_layers"] for kind, run in row["runs"].items()} == {"routers run": 3, "forced": 3}
-    assert row["share"] == pytest.approx(row["router_s"] / row["runs"]["forced"]["prefill_s"])
+    sparse = {kind: run["sparse_layers"] for kind, run in row["runs"].items()}
+    assert sparse == {"as used": 3, "operations": 3, "forced": 3}
+    times = [row["runs"][kind]["all_prefill_s"] for kind in ("as used", "operations", "forced")]
+    used, operations = (np.median(np.divide(mine, times[2])) - 1 for mine in times[:2])
+    assert (row["share"], row["share_of_operations"]) == pytest.approx((used, operations))
+    assert row["router_s_of_operations"] == pytest.approx(np.median(np.subtract(times[1], times[2])))
+    assert not row["has_kernels"]
+    assert set(switched_off) == {frozenset(), frozenset({"router"})}
+    assert not kernel_policy.RECORD.switched_off
 
 
 def test_evict_holds_less_and_keep_as_much_as_stock(tmp_path):

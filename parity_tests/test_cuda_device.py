@@ -6,8 +6,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from flux_mlx import attention, cuda_kernels, doctor, kernel_self_test
-from flux_mlx.spec import PatternConfig, Route
+import flux_mlx
+from flux_mlx import attention, cuda_kernels, cuda_router, doctor, kernel_policy, kernel_self_test
+from flux_mlx.router import LayerRouter
+from flux_mlx.spec import PatternConfig, Route, RouterConfig
+from parity_tests.tiny_models import flux_model, prompt
 
 if not cuda_kernels.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -93,3 +96,51 @@ def test_gradients_are_those_of_operations():
         return np.array(loss(q).astype(mx.float32))
 
     np.testing.assert_allclose(gradient("cuda"), gradient("ops"), rtol=2e-3, atol=1e-5)  # float16, sums in any order
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 128), ("float16", 64), ("float32", 96)])
+def test_a_router_agrees_with_operations_call_by_call_and_at_once(dtype, head_dim):
+    """More calls than there are slots of tickets; three batch rows, one of which pooled less."""
+    prefix, recent = (mx.random.normal((3, 100, head_dim)) for _ in range(2))
+    routers = [LayerRouter(head_dim, RouterConfig(), seed) for seed in range(40)]
+    for router in routers:
+        router.head[-1].weight = mx.random.normal(router.head[-1].weight.shape)
+    counts = ((100, 100), (100, 100), (31, 7))
+    pooled = [mx.concatenate([prefix[b, :n], recent[b, 100 - m :]]).mean(axis=0) for b, (n, m) in enumerate(counts)]
+    wanted = [router(mx.stack(pooled)) for router in routers]
+    mx.eval(wanted)
+    alone = []
+    for router in routers:
+        alone.append(cuda_router.decide(prefix, recent, counts, router.affine_parameters()))
+        mx.eval(alone[-1])
+    for _ in range(30):
+        found = [cuda_router.decide(prefix, recent, counts, router.affine_parameters()) for router in routers]
+        mx.eval(found)
+        for (sparse, logits), (other_sparse, other_logits), expected in zip(found, alone, wanted, strict=True):
+            assert mx.array_equal(logits, other_logits).item()
+            assert mx.array_equal(sparse, other_sparse).item()
+            assert mx.allclose(logits, expected, rtol=1e-2, atol=1e-2).item()  # operations round float32 to TF32
+    queries = mx.random.normal((200, 32, head_dim)).astype(getattr(mx, dtype))
+    by_kernel, by_operations = cuda_router.mean_over_heads(queries), queries.astype(mx.float32).mean(axis=1)
+    assert mx.allclose(by_kernel, by_operations, atol=1e-5).item()
+
+
+def test_a_prompt_is_routed_alike_by_kernels_and_by_operations():
+    """Exact prefill over several chunks: decisions are handed over beside the first chunk's keys."""
+    model = flux_model("qwen3", head_dim=64)
+    tokens = mx.array(prompt(300))
+
+    def run() -> tuple[list, list]:
+        cache = model.make_cache()
+        flux_mlx.prefill(model, tokens, cache, prefill_step_size=16)
+        return flux_mlx.routes(cache), [np.array(entry.pooled()) for entry in cache]
+
+    with kernel_policy.without("router"):
+        routes, pools = run()
+    before = kernel_policy.RECORD.calls["cuda"]
+    for _ in range(5):
+        found, pooled = run()
+        assert found == routes
+        for got, want in zip(pooled, pools, strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-2)
+    assert kernel_policy.RECORD.calls["cuda"] >= before + 5 * 2 * len(pools)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -15,7 +16,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from cuda_reference import export_decode, export_ptx
+from cuda_reference import export_decode, export_ptx, export_router
 from flux_mlx import cuda_catalog
 from flux_mlx.cuda_catalog import Compiled
 
@@ -26,7 +27,8 @@ SHARED_BYTES = {
 }  # of one block, by the CUDA programming guide
 SIZE = {"int32": 4, "float32": 4}
 MOST_BYTES = 2 << 20
-MOST_DECODE_BYTES = 24 << 10  # MLX copies and hashes a kernel's code at every call
+MOST_SMALL_BYTES = 24 << 10  # of machine code that is called often: MLX copies and hashes it at every call
+PREFILL = ("hopper", "portable")
 KERNELS = cuda_catalog.compiled_kernels()
 MACHINE_CODE = [kernel for kernel in KERNELS if kernel.suffix == "cubin"]
 PTX = [kernel for kernel in KERNELS if kernel.suffix == "ptx"]
@@ -57,11 +59,14 @@ def test_the_files_are_made_from_these_sources():
     assert _manifest()["sources_sha256"] == export_ptx.source_hash(), "run python -m cuda_reference.export_ptx"
     of_decode = _manifest("manifest_decode.json")
     assert of_decode["sources_sha256"] == export_decode.source_hash(), "run python -m cuda_reference.export_decode"
+    of_router = _manifest("manifest_router.json")
+    assert of_router["sources_sha256"] == export_router.source_hash(), "run python -m cuda_reference.export_router"
 
 
 def test_every_variant_is_there_and_nothing_else():
     named = {f"flux_{family}_{dtype}_d{d}" + (f"_b{b}" if b else "") for family, dtype, d, b in export_ptx.variants()}
     named |= {f"flux_decode_{dtype}_d{d}" for dtype, d, _ in export_decode.variants()}
+    named |= {f"flux_{family}_{dtype}" for family, dtype, _ in export_router.variants()}
     assert {kernel.name for kernel in KERNELS} == named
     files = {path.name for path in export_ptx.FOLDER.glob("*.xz")}
     assert files == {f"{kernel.name}.{kernel.suffix}.xz" for kernel in KERNELS}
@@ -70,7 +75,8 @@ def test_every_variant_is_there_and_nothing_else():
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=identity)
 def test_the_file_is_the_one_that_was_written(kernel):
-    records = _manifest()["kernels"] + _manifest("manifest_decode.json")["kernels"]
+    names = ("manifest.json", "manifest_decode.json", "manifest_router.json")
+    records = [record for name in names for record in _manifest(name)["kernels"]]
     (record,) = (r for r in records if (r["name"], r["suffix"]) == (kernel.name, kernel.suffix))
     assert hashlib.sha256(cuda_catalog.code(kernel)).hexdigest() == record["sha256"]
     assert kernel.shared_bytes <= SHARED_BYTES[kernel.architecture]
@@ -100,12 +106,12 @@ def test_machine_code_takes_what_mlx_passes(kernel, tmp_path):
     assert report.group(1) == kernel.name
     assert int(report.group(2)) * kernel.threads <= 65536
     assert int(report.group(3)) == 0
-    if kernel.family == "decode":
+    if kernel.family not in PREFILL:
         assert int(report.group(4)) <= 48 * 1024  # static: no more is allowed
-        assert len(cuda_catalog.code(kernel)) < MOST_DECODE_BYTES
+        assert len(cuda_catalog.code(kernel)) < MOST_SMALL_BYTES
 
 
-@pytest.mark.parametrize("kernel", [k for k in PTX if k.family == "decode" or k.block_size == 64], ids=identity)
+@pytest.mark.parametrize("kernel", [k for k in PTX if k.family not in PREFILL or k.block_size == 64], ids=identity)
 def test_ptx_is_assembled_without_spills(kernel, tmp_path):
     (tmp_path / "kernel.ptx").write_bytes(cuda_catalog.code(kernel))
     output = tmp_path / "kernel.cubin"
@@ -121,6 +127,25 @@ def test_decode_has_all_its_loads_under_way_before_it_uses_one(kernel, tmp_path)
     before, product, _ = _run("cuobjdump", "-sass", file).partition("HMMA")
     assert product
     assert len(re.findall(r"LDG\.E\.NA\.128", before)) == (1 + 2 + 2) * kernel.head_dim // 32  # queries, keys, values
+
+
+@pytest.mark.parametrize("kernel", [k for k in MACHINE_CODE if k.family.startswith("router")], ids=identity)
+def test_the_router_has_eight_loads_under_way_before_it_adds_one(kernel, tmp_path):
+    file = tmp_path / "kernel.cubin"
+    file.write_bytes(cuda_catalog.code(kernel))
+    loads_and_sums = re.findall(r"(LDG\.E\.\d+\.STRONG|FADD)", _run("cuobjdump", "-sass", file))
+    runs = [list(run) for _, run in itertools.groupby(loads_and_sums)]
+    loads = [len(run) for run in runs if run[0].startswith("LDG")]
+    assert loads
+    assert set(loads) == {8}
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize(("family", "dtype"), [("router_pool", "float16"), ("router_decide", "float32")])
+def test_the_router_as_it_would_be_exported_now(family, dtype):
+    record, code = export_router.export(family, dtype, "ptx")
+    assert record in KERNELS
+    assert export_ptx.entry_parameters(code.decode())
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

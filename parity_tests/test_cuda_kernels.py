@@ -255,6 +255,6 @@ def test_a_failed_load_means_operations(device, monkeypatch):
 def test_doctor_knows_the_variants_of_this_gpu(device, monkeypatch):
     on_ampere = doctor.all_variants()
     assert {variant.backend for variant in on_ampere} == {"cuda"}
-    assert len(on_ampere) == len(set(on_ampere)) == 2 * 2 * (2 + 1)
+    assert len(on_ampere) == len(set(on_ampere)) == 2 * 2 * (2 + 1) + 3 * 5
     monkeypatch.setattr(cuda_kernels, "device", lambda: Device(7, 5, 40, 1 << 20))
     assert doctor.all_variants() == []

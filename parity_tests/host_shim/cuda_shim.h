@@ -10,7 +10,7 @@ using __nv_bfloat16 = bfloat;
 
 #define __device__
 #define __global__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static
 
 struct Index3 {
@@ -75,7 +75,7 @@ inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
   return word;
 }
 
-// The header `warp.cuh`.
+// The headers `warp.cuh` and `loads.cuh`.
 namespace flux {
 
 constexpr int kWords = 4;
@@ -88,6 +88,14 @@ inline Pack load_once(const void* source) {
   if ((uintptr_t)source % sizeof(Pack)) lockstep::fail("cuda_shim: a load of 16 bytes that are not aligned");
   return *(const Pack*)source;
 }
+
+template <typename T>
+inline T load_in_order(const T* source) {
+  if ((uintptr_t)source % sizeof(T)) lockstep::fail("cuda_shim: a load of 8 or 16 bytes that are not aligned");
+  return *source;
+}
+
+inline void prefetch(const void* source) { (void)*(const volatile char*)source; }
 
 inline unsigned take_ticket(unsigned* counter, unsigned highest) {
   const unsigned before = *counter;
