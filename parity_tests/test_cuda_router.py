@@ -181,6 +181,22 @@ def test_a_self_test_sees_a_wrong_result(family, output):
     assert "differs" in self_test(Variant("router", "float16", 16, backend="cuda"), wrong)
 
 
+@pytest.mark.skipif(cuda_kernels.is_available(), reason="this machine has a CUDA device")
+def test_mlx_takes_the_calls(monkeypatch):
+    """MLX without CUDA refuses a launch only after its arguments have the right types."""
+    monkeypatch.setattr(cuda_kernels, "is_available", lambda: True)
+    rows = mx.zeros((1, 2, 8))
+    with pytest.raises(RuntimeError, match="No CUDA back-end"):
+        cuda_router.mean_over_heads(rows)
+    with pytest.raises(RuntimeError, match="No CUDA back-end"):
+        cuda_router.decide(rows, rows, ((2, 2),), last_layer(0, 1))
+    encoded = mx.zeros((1, 4, 16))
+    _, head = cuda_router._network_launches(AMPERE, (1, 2, 8))
+    tickets, slots = cuda_kernels.ticket_slots(1)
+    with pytest.raises(RuntimeError, match="No CUDA back-end"):
+        cuda_kernels.cuda_run(head)([encoded, *last_layer(0, 1)[3:], tickets], (next(slots),))
+
+
 @pytest.fixture
 def device(monkeypatch):
     """Pretend that there is a CUDA device whose kernels are right, and that nothing was counted."""
@@ -300,6 +316,7 @@ MUTATIONS = {
     "logits swapped": ("logits[0] = desk.logits[0]", "logits[0] = desk.logits[1]"),
     "a tie is full": ("desk.logits[0] >= desk.logits[1]", "desk.logits[0] > desk.logits[1]"),
     "what is no number is sparse": ("desk.logits[0] >= desk.logits[1]", "!(desk.logits[0] < desk.logits[1])"),
+    "biases prefetched past their end": ("if (first < count) {", "if (first < count + 999) {"),
     "prefetch past the end": ("i < kUnits * inputs; i += kThreads", "i < 9999 * inputs; i += kThreads"),
 }  # fmt: skip
 

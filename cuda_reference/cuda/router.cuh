@@ -84,6 +84,14 @@ __device__ inline float4 joined(const float4& sum, const Part& part, int columns
   return total;
 }
 
+// Has `count` floats fetched, at most kThreads lines of them.
+__device__ inline void prefetch_all(const float* x, int count) {
+  const int first = threadIdx.x * kLineFloats;
+  if (first < count) {
+    prefetch(x + first);
+  }
+}
+
 // Has this block's weights fetched: rows of first [units, inputs] and columns of second [outputs, units].
 __device__ inline void prefetch_weights(const float* first, const float* second, int inputs, int outputs, int units) {
   const float* rows = first + int64_t(blockIdx.x) * kUnits * inputs;

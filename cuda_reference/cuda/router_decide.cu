@@ -66,6 +66,11 @@ extern "C" __global__ void __launch_bounds__(flux::kThreads, 1) FLUX_ENTRY(
   __shared__ flux::Desk desk;
   const int64_t row = blockIdx.y;
   flux::prefetch_weights(head_0_weight, head_2_weight, 2 * channels, channels, 4 * channels);
+  flux::prefetch_all(encoder_2_bias, 2 * channels);
+  flux::prefetch_all(head_0_bias, 4 * channels);
+  flux::prefetch_all(head_2_bias, channels);
+  flux::prefetch_all(head_4_weight, 2 * channels);
+  flux::prefetch_all(head_4_bias, 2);
   const float* parts = encoded + row * encoder_blocks * 2 * channels;
   flux::sum_parts(parts, encoder_2_bias, encoder_blocks, 2 * channels, false, desk);
   flux::compute_units(head_0_weight, head_0_bias, 2 * channels, desk);

@@ -34,6 +34,7 @@ extern "C" __global__ void __launch_bounds__(flux::kThreads, 1) FLUX_ENTRY(
     const float* __restrict__ encoder_2_weight, float* __restrict__ encoded, int pool_tokens, int channels) {
   __shared__ flux::Desk desk;
   flux::prefetch_weights(encoder_0_weight, encoder_2_weight, channels, 2 * channels, 8 * channels);
+  flux::prefetch_all(encoder_0_bias, 8 * channels);
   flux::pool(prefix, recent, counts, pool_tokens, channels, desk);
   flux::compute_units(encoder_0_weight, encoder_0_bias, channels, desk);
   float* out = encoded + (int64_t(blockIdx.y) * gridDim.x + blockIdx.x) * 2 * channels;
