@@ -13,7 +13,7 @@ import pytest
 from mlx_lm.generate import generate_step
 
 import flux_mlx
-from flux_mlx import router_state
+from flux_mlx import exact_prefill, router_state
 from flux_mlx.router_state import Decision
 from flux_mlx.spec import Route
 from parity_tests.tiny_models import PATTERN, flux_model, prompt, stock_model
@@ -92,6 +92,27 @@ def test_a_long_prompt_waits_once_for_each_layer(waits, step):
     decode(model, cache, last, 10)
     assert waits["route"] == LAYERS
     assert waits["counters"] == 0
+
+
+def test_a_route_is_computed_beside_the_first_chunk_and_read_for_the_second(monkeypatch):
+    """The device has the whole first chunk to do while the host waits for the route."""
+    seen = []
+
+    def noted(owner, name, fact):
+        method = getattr(owner, name)
+
+        def call(self, *args, **kwargs):
+            seen.append(fact(self, *args))
+            return method(self, *args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    noted(router_state.RouterState, "start_decision", lambda entry, keys: ("start", entry.offset, len(keys[0])))
+    noted(exact_prefill._Ahead, "hand_over", lambda *_: "chunk")
+    noted(Decision, "read", lambda _: "read")
+    model = flux_model()
+    flux_mlx.prefill(model, mx.array(prompt(65)), model.make_cache(), prefill_step_size=16)
+    assert seen == [("start", 16, 2), "chunk", "read", "chunk", "chunk", "chunk"] * LAYERS
 
 
 def test_a_forced_list_is_never_waited_for(waits):
