@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import _get_classes
 
-from flux_mlx.models import FluxModel, RoutedAttention
+from flux_mlx.models import FluxModel, RoutedAttention, RoutedBlock
 
 GROUP_SIZE = 64
 BITS = (4, 8, 16)
@@ -160,7 +160,7 @@ def _unrouted(part: Any) -> Any:
     if not isinstance(part, nn.Module):
         return part
     twin = copy.copy(part)
-    if isinstance(part, (FluxModel, RoutedAttention)):
+    if isinstance(part, (FluxModel, RoutedAttention, RoutedBlock)):
         twin.__class__ = type(part).__bases__[1]
         twin.pop("router", None)  # what else routing set on the modules, stock code does not read
     for name, child in twin.items():

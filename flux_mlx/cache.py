@@ -35,6 +35,7 @@ class CacheList(RouterState, StockCacheList):
     _padding: list[int] | None = None  # left padding of a batch's rows on the host; None: read it again
     pinned: int | None = None  # prompt tokens of the exact prefill under way: no call routes anew
     short_calls: Any = None  # `flux_mlx.short_calls.ShortCalls` of this cache, once there was one
+    token_step: Any = None  # `flux_mlx.token_steps.StepSeen`, while tokens are decoded one by one
     drops_early = False  # in it, keys that a sparse layer sees no more may go at once
 
     @classmethod
@@ -88,6 +89,7 @@ class CacheList(RouterState, StockCacheList):
             DroppedKeysError: Under the KV policy evict, where `can_trim` says no.
         """
         n = self.kv.trim(n)
+        self.token_step = None
         if n and any(end > offset for end, offset in zip(self._rows[:, Counter.END], self.offsets(), strict=True)):
             self._rewind()
         return n

@@ -33,27 +33,42 @@ def is_routable(attn: Any, entry: object) -> bool:
 
 def project(attn: nn.Module, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """Queries, keys and values before RoPE, `[B, L, H, D]` each, of the attention input `[B, L, hidden]`."""
-    if "qkv_proj" in attn:
-        qkv = attn.qkv_proj(x)
-        size = qkv.shape[-1] // (attn.n_heads + 2 * attn.n_kv_heads)
-        q, k, v = mx.split(qkv, [attn.n_heads * size, (attn.n_heads + attn.n_kv_heads) * size], axis=-1)
-    else:
-        q, k, v = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
-    q = _norm_heads(attn.get("q_norm"), q, attn.n_heads)
-    k = _norm_heads(attn.get("k_norm"), k, attn.n_kv_heads)
-    return q, k, v.reshape(*v.shape[:2], attn.n_kv_heads, -1)
+    q, k, v = _project(attn, x)
+    B, L, _ = x.shape
+    q = _norm_heads(attn.get("q_norm"), q, (B, L, attn.n_heads, -1))
+    k = _norm_heads(attn.get("k_norm"), k, (B, L, attn.n_kv_heads, -1))
+    return q, k, v.reshape(B, L, attn.n_kv_heads, -1)
+
+
+def project_token(attn: nn.Module, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """The same of one token, `[1, 1, hidden]` to `[1, H, 1, D]`: nothing is to be transposed then."""
+    if any(norm.weight.ndim > 1 for norm in (attn.get("q_norm"), attn.get("k_norm")) if norm is not None):
+        return tuple(part.swapaxes(1, 2) for part in project(attn, x))  # weights [H, D]
+    q, k, v = _project(attn, x)
+    q = _norm_heads(attn.get("q_norm"), q, (1, attn.n_heads, 1, -1))
+    k = _norm_heads(attn.get("k_norm"), k, (1, attn.n_kv_heads, 1, -1))
+    return q, k, v.reshape(1, attn.n_kv_heads, 1, -1)
+
+
+def _project(attn: nn.Module, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """`[B, L, hidden]` to queries, keys and values `[B, L, H*D]`."""
+    if "qkv_proj" not in attn:
+        return attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
+    qkv = attn.qkv_proj(x)
+    size = qkv.shape[-1] // (attn.n_heads + 2 * attn.n_kv_heads)
+    return mx.split(qkv, [attn.n_heads * size, (attn.n_heads + attn.n_kv_heads) * size], axis=-1)
 
 
 def project_queries(attn: nn.Module, x: mx.array) -> mx.array:
     """Only the queries of `project`."""
     if "qkv_proj" in attn:
         return project(attn, x)[0]
-    return _norm_heads(attn.get("q_norm"), attn.q_proj(x), attn.n_heads)
+    return _norm_heads(attn.get("q_norm"), attn.q_proj(x), (*x.shape[:2], attn.n_heads, -1))
 
 
-def _norm_heads(norm: nn.Module | None, x: mx.array, heads: int) -> mx.array:
-    """[B, L, H*D] to [B, L, H, D], normed over D or over H*D, whichever the norm's weight fits."""
-    split = x.reshape(*x.shape[:2], heads, -1)
+def _norm_heads(norm: nn.Module | None, x: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """[B, L, H*D] to `shape` [B, L, H, D], normed over D or over H*D, whichever the norm's weight fits."""
+    split = x.reshape(shape)
     if norm is None:
         return split
     if norm.weight.shape[-1] == split.shape[-1]:

@@ -21,10 +21,12 @@ from flux_mlx.cache import routes as taken_routes
 from flux_mlx.callers import refuse_gguf_export, refuse_long_drafts
 from flux_mlx.families import ATTENTION_MODULES, head_dim, is_routable
 from flux_mlx.routed_attention import RoutedAttention
+from flux_mlx.routed_block import RoutedBlock
 from flux_mlx.router import Affine, LayerRouter
 from flux_mlx.router_training import Samples, TrainableAffine, make_trainable
 from flux_mlx.spec import FluxConfig, Route, parse_route
 from flux_mlx.spec.config import ROUTER_INFIX, RoutePolicy
+from flux_mlx.token_steps import TokenSteps
 from flux_mlx.window_cache import ROOM_TOKENS
 
 KV_POLICIES = ("keep", "evict")
@@ -170,6 +172,9 @@ def _apply(model: nn.Module, config: FluxConfig, fresh: bool) -> nn.Module:
         attn.pooled_dim = head_dim(attn)
         attn.router = LayerRouter(attn.pooled_dim, config.router, seed=i if fresh else None)
         attn.flux = config
+        block = model.layers[i]
+        block.__class__ = _mixed(RoutedBlock, type(block))
+        block.token_steps = TokenSteps()
     model.__class__ = _mixed(FluxModel, type(model))
     model.flux = config
     model.flux_show = _switched_on("FLUX_MLX_SHOW_ROUTES")

@@ -24,6 +24,7 @@ from flux_mlx.router_training import Samples, attend_training
 from flux_mlx.short_calls import ShortCalls
 from flux_mlx.spec import Route
 from flux_mlx.streaming import compact
+from flux_mlx.token_steps import Tap
 from flux_mlx.window_cache import WindowKVCache
 
 
@@ -57,6 +58,8 @@ class RoutedAttention:
             return self.attend_uncached(x, mask)
         if cache is None and self.training and self.samples is not None and self.forced is None:
             return attend_training(self, x, mask)
+        if isinstance(cache, Tap):
+            return cache.attend(self, x)
         if not isinstance(cache, CacheList):
             return super().__call__(x, mask, cache)
         cache.widen(x.shape[0])

@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache, create_attention_mask
 
 from flux_mlx.spec import PatternConfig
+from flux_mlx.token_buffers import span
 
 ROOM_TOKENS = 256  # as many as stock's KVCache grows by; moving 2,176 keys every 256 tokens is 8.5 a token
 
@@ -69,15 +70,17 @@ class WindowKVCache:
             return self._append_many(keys, values)
         if self._stop + tokens > self.keys.shape[2]:
             self._move(*self._local())
-        for buffer, new in ((self.keys, keys), (self.values, values)):
-            buffer[..., self._stop : self._stop + tokens, :] = new
+        newest = span(self._stop, self._stop + tokens)
+        self.keys[newest] = keys
+        self.values[newest] = values
         self._stop += tokens
         self.offset += tokens
         return self.keys_and_values()
 
     def keys_and_values(self) -> Pair:
         """[sink | positions first..offset-1] of both, views of the buffers."""
-        return self.keys[..., self._start : self._stop, :], self.values[..., self._start : self._stop, :]
+        used = span(self._start, self._stop)
+        return self.keys[used], self.values[used]
 
     def _local(self) -> Pair:
         """Positions first..offset-1 of both."""

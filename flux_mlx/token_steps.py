@@ -1,0 +1,163 @@
+"""A block's decoding step of one row, as MLX replays it: what lies before attention and what lies behind it, compiled.
+
+Building the graph of a token costs Python and MLX's bindings more than some GPUs need to compute it, though all of it
+but attention has the same shapes for every token. So the family's own code is traced once, with something in place of
+the cache that takes what attention gets and gives what attention makes of it; from then on MLX repeats what it saw.
+
+MLX keeps compiled graphs for each thread, and drops them in the thread that called last: every thread gets its own.
+The trace holds the arrays of the weights. Whether the block still has the very same ones is looked at whenever a row's
+tokens begin to be decoded: at every token, that would cost an eighth of what is saved.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from operator import is_
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from flux_mlx.families import family, project_token, rotate
+
+_PARALLEL = ("cohere",)
+"""Families whose blocks read the normed input behind attention again: a step would norm it twice."""
+
+_RESTLESS = ("mlx.nn.layers.dropout", "mlx.nn.layers.distributed")
+_MOST_THREADS = 8  # that keep steps of a block; more begin anew
+
+
+class Tap:
+    """Stands where a block expects a cache, while it is traced.
+
+    Args:
+        output: `[1, 1, HQ, D]` or alike: what attention gives, before its output projection; None: not known yet.
+    """
+
+    __slots__ = ("heard", "output")
+
+    def __init__(self, output: mx.array | None = None):
+        self.output = output
+        self.heard: mx.array | None = None
+
+    def attend(self, attn: nn.Module, x: mx.array) -> mx.array:
+        """In place of attention over `x`, which is kept as `heard`."""
+        self.heard = x
+        return x if self.output is None else attn.o_proj(self.output.reshape(1, 1, self.output.size))
+
+
+class TokenStep:
+    """A block's step, for one thread.
+
+    Args:
+        block: A stock block with a routed attention module.
+        x: An input of it.
+
+    Attributes:
+        is_traced: Whether there are the halves; not if the block may do other things at other times.
+        before: Compiled: the block's input `[1, 1, hidden]` and the token's position, int32 `[]`, to the token's
+            queries `[1, HQ, 1, D]` and keys, rotated, and its values.
+        after: Compiled: the same input, and attention's output in any shape, to the block's output.
+    """
+
+    def __init__(self, block: nn.Module, x: mx.array):
+        self._thread = threading.get_ident()
+        held = self._block = weakref.ref(block)  # the block holds its steps
+        self._seen = _seen(block)
+
+        def before(x: mx.array, position: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+            block, tap = held(), Tap()
+            _stock_call(block, x, tap)
+            q, k, v = project_token(block.self_attn, tap.heard)
+            return rotate(block.self_attn, q, position), rotate(block.self_attn, k, position), v
+
+        def after(x: mx.array, out: mx.array) -> mx.array:
+            return _stock_call(held(), x, Tap(out))
+
+        self.before, self.after = mx.compile(before), mx.compile(after)
+        self.is_traced = _does_the_same_for_all_tokens(block) and self._trace(x)
+
+    def is_of(self, block: nn.Module) -> bool:
+        """Whether it is a step of this block and this thread."""
+        return self._block() is block and self._thread == threading.get_ident()
+
+    def is_current(self) -> bool:
+        """Whether the block holds the modules and arrays that were traced, and no others."""
+        now = _seen(self._block())
+        return len(now) == len(self._seen) and all(map(is_, now, self._seen))
+
+    def _trace(self, x: mx.array) -> bool:
+        """Trace both halves, before a cache is written; says whether MLX could: not code that looks at a position."""
+        x = mx.zeros_like(x)
+        try:
+            mx.async_eval([value for value in self._seen if isinstance(value, mx.array)])  # else it were done each time
+            q, _, v = self.before(x, mx.array(0))
+            self.after(x, mx.zeros((1, q.shape[1], 1, v.shape[3]), v.dtype))
+        except (ValueError, TypeError, RuntimeError):  # stock code computes, and says what is wrong if anything is
+            return False
+        return True
+
+
+def _stock_call(block: nn.Module, x: mx.array, tap: Tap) -> mx.array:
+    """The family's own code of a block, whose attention hands over to `tap`."""
+    stock = type(block).__bases__[1]
+    return stock.__call__(block, x, None, tap)
+
+
+class StepSeen(weakref.ref):
+    """What a cache knows of the step that decodes its tokens: nothing that lasts, and copies of it nothing at all."""
+
+    def __deepcopy__(self, _: Any) -> None:
+        return None
+
+
+class TokenSteps:
+    """The steps of a block, by thread; a copy of the block begins with none."""
+
+    __slots__ = ("_steps",)
+
+    def __init__(self) -> None:
+        self._steps: dict[int, TokenStep] = {}
+
+    def __deepcopy__(self, _: Any) -> TokenSteps:
+        return type(self)()
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(self), ()
+
+    def find(self, block: nn.Module, x: mx.array) -> TokenStep:
+        """This thread's step of the block as it is now, for inputs like `x`."""
+        thread = threading.get_ident()
+        step = self._steps.get(thread)
+        if step is not None and step.is_of(block) and step.is_current():
+            return step
+        if len(self._steps) >= _MOST_THREADS:
+            self._steps.clear()
+        step = self._steps[thread] = TokenStep(block, x)
+        return step
+
+
+def _seen(module: nn.Module) -> list[Any]:
+    """What a trace depends on: all modules and arrays under a module, and their names. Routers are not in it."""
+    found = []
+    for name, value in module.items():
+        if name != "router":
+            found += name, value
+            if isinstance(value, nn.Module):
+                found += _seen(value)
+    return found
+
+
+def _does_the_same_for_all_tokens(block: nn.Module) -> bool:
+    """Whether all that is in the block is known to, and reads its normed input before attention only."""
+    modules = [block, *(value for value in _seen(block) if isinstance(value, nn.Module))]
+    return family(block.self_attn) not in _PARALLEL and all(map(_is_plain, modules))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is MLX's or mlx-lm's, without chance, ranks, hooks, adapters, and lists of whatever."""
+    source = type(module).__module__
+    if source in _RESTLESS or not source.startswith(("mlx.nn.layers.", "mlx_lm.models.")):
+        return False
+    return all(isinstance(value, (mx.array, nn.Module)) for value in module.values())
