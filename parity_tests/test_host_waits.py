@@ -107,12 +107,12 @@ def test_a_route_is_computed_beside_the_first_chunk_and_read_for_the_second(monk
 
         monkeypatch.setattr(owner, name, call)
 
-    noted(router_state.RouterState, "start_decision", lambda entry, keys: ("start", entry.offset, len(keys[0])))
+    noted(router_state.RouterState, "start_decision", lambda entry, beside: ("start", beside[0][2]))
     noted(exact_prefill._Ahead, "hand_over", lambda *_: "chunk")
     noted(Decision, "read", lambda _: "read")
     model = flux_model()
     flux_mlx.prefill(model, mx.array(prompt(65)), model.make_cache(), prefill_step_size=16)
-    assert seen == [("start", 16, 2), "chunk", "read", "chunk", "chunk", "chunk"] * LAYERS
+    assert seen == [("start", 16), "chunk", "read", "chunk", "chunk", "chunk"] * LAYERS
 
 
 def test_a_forced_list_is_never_waited_for(waits):
