@@ -27,20 +27,32 @@ Results = dict[str, Any]
 def merge(parts: Iterable[Results]) -> Results:
     """One result of many: cells and contenders of shards and of later runs together.
 
+    Where a contender was scored twice on a cell, the run with more samples stands.
+
     Raises:
-        ValueError: Two parts hold the same contender of the same cell with different numbers.
+        ValueError: Two parts hold the same contender of the same cell, on as many samples, with different numbers.
     """
     whole: Results = {"cells": {}, "routes": {}, "forms": {}, "generation": {}}
     for part in parts:
         whole["forms"] |= part.get("forms", {})
-        for section in ("cells", "routes", "generation"):
-            for cell, found in part.get(section, {}).items():
-                mine = whole[section].setdefault(cell, {})
-                clash = [name for name in found if name in mine and name != "full" and mine[name] != found[name]]
-                if clash:
-                    raise ValueError(f"[merge] {cell} holds {clash} twice, with different numbers.")
-                mine.update({name: value for name, value in found.items() if name not in mine or name != "full"})
+        for cell, found in part.get("generation", {}).items():
+            whole["generation"].setdefault(cell, {}).update(found)
+        for cell, found in part.get("cells", {}).items():
+            mine, routes = whole["cells"].setdefault(cell, {}), part.get("routes", {}).get(cell, {})
+            for name in [name for name in found if _stands(cell, name, found[name], mine)]:
+                mine[name] = found[name]
+                if name in routes:
+                    whole["routes"].setdefault(cell, {})[name] = routes[name]
     return whole
+
+
+def _stands(cell: str, name: str, found: dict[str, Any], mine: dict[str, Any]) -> bool:
+    """Whether `found` goes in beside, or in place of, what a cell holds already."""
+    if name not in mine or found["samples"] != mine[name]["samples"]:
+        return name not in mine or found["samples"] > mine[name]["samples"]
+    if found != mine[name] and name != "full":
+        raise ValueError(f"[merge] {cell} holds {name} twice, with different numbers.")
+    return False
 
 
 def pick(results: Results, contender: str, kinds: Sequence[str], value: str, split: str = "test") -> list[float]:

@@ -65,11 +65,13 @@ class Cell:
         return self.retrieves and self.form != "hops"
 
 
-def default_cells(lengths: Sequence[int], kinds: Sequence[str] = tuple(KINDS)) -> list[Cell]:
+def default_cells(
+    lengths: Sequence[int], kinds: Sequence[str] = tuple(KINDS), splits: Sequence[str] = SPLITS
+) -> list[Cell]:
     """Every kind at every length, and retrieval out of domain; the longest samples first."""
     found = []
     for tokens in sorted(lengths, reverse=True):
-        for split in SPLITS:
+        for split in splits:
             chosen = [kind for kind in kinds if split == "test" or kind in UNSEEN_KINDS]
             found += [Cell(split, kind, tokens, KINDS[kind][1]) for kind in chosen]
     return found

@@ -83,19 +83,23 @@ def _changed(pattern: PatternConfig, changes: str) -> PatternConfig:
 
 
 def router_contenders(text: str, config: FluxConfig, chunks: Sequence[int] = ()) -> list[Contender]:
-    """From "[NAME=]FILE": the routers of a file, exact and for each of `chunks` chunked ("NAME@512").
+    """From "[NAME=]FILE[@PATTERN]": the routers of a file, exact and for each of `chunks` chunked ("NAME@512").
 
-    Settings come from the file's metadata; `config` serves a file without any.
+    Settings come from the file's metadata; `config` serves a file without any. PATTERN as `static_contender` has it.
 
     Raises:
         FileNotFoundError: No such file.
         ValueError: No safetensors file, or settings that are wrong.
     """
     name, equals, rest = text.rpartition("=")
-    path = Path(rest)
+    file, at, changes = (rest, "", "") if Path(rest).is_file() else rest.rpartition("@")
+    path = Path(file if at else rest)
     found, by_head = file_settings(path)
-    base = Contender(name if equals else "auto", "auto", found or config, path, by_head)
-    return [base, *(replace(base, name=f"{base.name}@{size}", chunk_tokens=size) for size in chunks)]
+    config = found or config
+    config = replace(config, pattern=_changed(config.pattern, changes)) if at and changes else config
+    base = Contender(name if equals else "auto", "auto", config, path, by_head)
+    streaming = replace(base.config, pattern=replace(base.config.pattern, name="streaming"))  # no chunk knows the end
+    return [base, *(replace(base, name=f"{base.name}@{n}", config=streaming, chunk_tokens=n) for n in chunks)]
 
 
 def file_settings(path: Path) -> tuple[FluxConfig | None, bool]:

@@ -42,11 +42,13 @@ class TorchEngine:
         recipe: Settings to begin with.
         device: "cpu" or "cuda"; None takes CUDA where there is one.
         row_tokens: Tokens of a packed row.
+        compiled: Compile MLPs and norms.
     """
 
-    def __init__(self, path: str, recipe: Recipe, device: str | None, row_tokens: int):
+    def __init__(self, path: str, recipe: Recipe, device: str | None, row_tokens: int, compiled: bool = False):
         kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_model(path, replace(recipe, gradient_checkpointing=False), torch.device(kind))
+        recipe = replace(recipe, gradient_checkpointing=False)
+        self.model = load_model(path, recipe, torch.device(kind), compiled=compiled)
         self.layers = len(self.model.backbone.get_decoder().layers)
         self.row_tokens, self.contender = row_tokens, None
 
@@ -76,10 +78,10 @@ class TorchEngine:
 class MlxEngine:
     """`flux_mlx` itself, through `flux_mlx.scoring`: imported when it is asked for, since it needs MLX.
 
-    Args: as `TorchEngine`; `device` and `row_tokens` are not used.
+    Args: as `TorchEngine`; of them only `path` is used.
     """
 
-    def __init__(self, path: str, recipe: Recipe, device: str | None, row_tokens: int):
+    def __init__(self, path: str, recipe: Recipe, device: str | None, row_tokens: int, compiled: bool = False):
         from flux_mlx.scoring import Scorer
 
         self.scorer = Scorer(path)

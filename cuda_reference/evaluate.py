@@ -150,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flux_mlx.evaluate", description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="directory of a causal LM (torch: or a hub id)")
     parser.add_argument("--backend", choices=tuple(ENGINES), default="torch", help="who computes")
-    parser.add_argument("--routers", nargs="*", default=[], metavar="[NAME=]FILE", help="routers.safetensors files")
+    parser.add_argument("--routers", nargs="*", default=[], metavar="[NAME=]FILE[@PATTERN]", help="routers.safetensors")
     parser.add_argument("--chunks", nargs="*", type=int, default=[], help="route the first routers by such chunks too")
     parser.add_argument(
         "--policies", nargs="*", default=["sparse"], help="[NAME=]sparse, 0,2,6-8, first:8, ..[@PATTERN]"
@@ -160,6 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--lengths", nargs="*", type=int, default=[2048, 4096, 8192], help="sample lengths, tokens")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS), help="kinds of samples")
+    parser.add_argument("--splits", nargs="*", default=list(SPLITS), choices=list(SPLITS), help="ood: unseen forms")
     parser.add_argument("--samples", type=int, default=100, help="samples of a cell that is judged by choice")
     parser.add_argument("--other-samples", type=int, default=None, help="samples of other cells (default: the same)")
     parser.add_argument("--generate", type=int, default=0, help="samples of a needle cell to generate answers for")
@@ -167,6 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--row-tokens", type=int, default=65536, help="tokens of a packed row (torch)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no contender after this time")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="torch; default: cuda where there is one")
+    parser.add_argument("--compile", action="store_true", help="compile MLPs and norms (torch on CUDA)")
     parser.add_argument("--workers", type=int, default=0, help="processes that read text and make samples")
     parser.add_argument("--text-cache", type=Path, help="file of encoded text: read if it exists, else written")
     parser.add_argument("--no-base", action="store_true", help="leave out the model with every layer full")
@@ -178,7 +180,7 @@ def evaluate(args: argparse.Namespace, evaluation: Evaluation, contenders: Seque
     """Score all contenders on all cells of this shard; until the end, what is there after each is in `OUT.partial`."""
     start, partial = time.monotonic(), args.out.with_name(args.out.name + ".partial")
     full = Contender("full", "full", flux_config(load_recipe(args.recipe, args.set)))
-    cells = shard_of(default_cells(args.lengths, args.kinds), args.shard)
+    cells = shard_of(default_cells(args.lengths, args.kinds, args.splits), args.shard)
     for cell in tqdm(cells, desc="samples and base", mininterval=1.0):
         evaluation.add_cell(cell, full)
     for contender in tqdm(contenders, desc="contenders", mininterval=1.0):
@@ -198,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Console entry."""
     args = build_parser().parse_args(argv)
     recipe = load_recipe(args.recipe, args.set)
-    engine = ENGINES[args.backend](args.model, recipe, args.device, args.row_tokens)
+    engine = ENGINES[args.backend](args.model, recipe, args.device, args.row_tokens, args.compile)
     contenders = contenders_of(args, engine.layers)
     writer = Writer(AutoTokenizer.from_pretrained(args.model))
     corpora = make_corpora(writer, recipe.data.text_chars, args.workers, args.text_cache)

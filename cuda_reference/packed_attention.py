@@ -160,7 +160,7 @@ class PackedAttention:
         """Tile tables of full and of sparse attention: a tile is left out, partial, or whole (no mask needed).
 
         Bounds by the least and greatest position of a tile: never too few tiles, never a whole one that is not.
-        Patterns other than streaming leave out no tile.
+        A tile with a query of triangle's that sees everything leaves out none; xattention leaves out none at all.
         """
         p, block = self._positions.view(-1, TILE), self.pattern.block_size
         low, high = p.amin(1), p.amax(1)
@@ -168,14 +168,22 @@ class PackedAttention:
         same = self._tile_sample[:, None] == self._tile_sample[None, :]
         trunk = (self._branch.view(-1, TILE).amax(1) == 0)[None, :]
         some, whole = same & (k_low <= q_high), same & trunk & (k_high <= q_low)
-        if self.pattern.name != "streaming":
+        if self.pattern.name == "xattention":
             return _pack_tables(some, whole), _pack_tables(some, torch.zeros_like(whole))
         sinks, window = self.pattern.sink_blocks, self.pattern.window_blocks
         near_some = k_high // block > q_low // block - window
         near_whole = k_low // block > q_high // block - window
-        sparse_some = some & ((k_low // block < sinks) | near_some)
+        sparse_some = some & ((k_low // block < sinks) | near_some | self._sees_all()[:, None])
         sparse_whole = whole & ((k_high // block < sinks) | near_whole)
         return _pack_tables(some, whole), _pack_tables(sparse_some, sparse_whole)
+
+    def _sees_all(self) -> torch.Tensor:
+        """Tiles with a query that sees everything in a sparse layer too, bool `[T / TILE]`."""
+        if self.pattern.name != "triangle":
+            return torch.zeros_like(self._tile_sample, dtype=torch.bool)
+        first = self._prompt_tokens - self.pattern.last_tokens
+        late = (self._positions >= first) & (self._positions < self._prompt_tokens - 1)
+        return late.view(-1, TILE).any(1)
 
     def _block_mask(self, full: torch.Tensor, allowed: Callable[..., torch.Tensor]) -> BlockMask:
         """Rows of the full table for groups routed full, of the sparse table for the others."""

@@ -132,6 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--row-tokens", type=int, default=65536, help="tokens of a packed row")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--compile", action="store_true", help="compile MLPs and norms (CUDA)")
     parser.add_argument("--workers", type=int, default=0, help="processes that read text")
     parser.add_argument("--text-cache", type=Path, help="file of encoded text: read if it exists, else written")
     return parser
@@ -142,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, start = build_parser().parse_args(argv), time.monotonic()
     recipe = load_recipe(args.recipe, args.set)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = load_model(args.model, recipe, device)
+    model = load_model(args.model, recipe, device, compiled=args.compile)
     writer = Writer(AutoTokenizer.from_pretrained(args.model))
     corpora = make_corpora(writer, recipe.data.text_chars, args.workers, args.text_cache)
     samples = draw_samples(

@@ -97,15 +97,19 @@ def test_static_contenders_have_names_and_patterns():
 
 
 def test_router_files_bring_their_settings(tmp_path):
-    recipe = replace(load_recipe("smollm2"), by_head=True)
+    recipe = replace(load_recipe("smollm2", ['pattern.name="triangle"']), by_head=True, start={})
     path = tmp_path / "x.safetensors"
     save_routers(path, {"a": torch.zeros(1)}, recipe, torch.float16)
     plain, chunked = router_contenders(f"mine={path}", CONFIG, [512])
     assert (plain.name, plain.by_head, plain.chunk_tokens) == ("mine", True, 0)
     assert plain.config.pattern == recipe.pattern
     assert (chunked.name, chunked.chunk_tokens) == ("mine@512", 512)
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        router_contenders(str(tmp_path / "y"), CONFIG)
+    assert (plain.config.pattern.name, chunked.config.pattern.name) == ("triangle", "streaming")
+    (wider,) = router_contenders(f"wider={path}@window_tokens:4096", CONFIG)
+    assert (wider.routers, wider.config.pattern) == (path, replace(plain.config.pattern, window_tokens=4096))
+    for missing in (tmp_path / "y", tmp_path / "y@triangle"):
+        with pytest.raises(FileNotFoundError, match=r"no such file: .*y$"):
+            router_contenders(str(missing), CONFIG)
     path.write_bytes(b"x")
     with pytest.raises(ValueError, match="no whole safetensors"):
         router_contenders(str(path), CONFIG)

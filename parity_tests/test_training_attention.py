@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -73,7 +75,10 @@ def test_the_shortcut_has_the_gradients_of_the_mixture(groups):
     assert results[0][4].abs().min() > 0
 
 
-@pytest.mark.parametrize("pattern", [PATTERN, PatternConfig(block_size=64, sink_tokens=128, window_tokens=200)])
+WIDER = PatternConfig(block_size=64, sink_tokens=128, window_tokens=200)
+
+
+@pytest.mark.parametrize("pattern", [PATTERN, WIDER, replace(PATTERN, name="triangle", last_tokens=100)])
 def test_tile_tables_bound_the_mask(pattern):
     samples = made([400, 150, 700], candidates=4)
     packed = pack(samples, TASKS, 10, 14 * TILE, candidates=True)
