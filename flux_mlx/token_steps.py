@@ -11,6 +11,7 @@ tokens begin to be decoded: at every token, that would cost an eighth of what is
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from operator import is_
@@ -62,21 +63,9 @@ class TokenStep:
     """
 
     def __init__(self, block: nn.Module, x: mx.array):
-        self._thread = threading.get_ident()
-        held = self._block = weakref.ref(block)  # the block holds its steps
+        self._thread, self._block = threading.get_ident(), weakref.ref(block)  # weak: the block holds its steps
         self._seen = _seen(block)
-
-        def before(x: mx.array, position: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-            block, tap = held(), Tap()
-            _stock_call(block, x, tap)
-            q, k, v = project_token(block.self_attn, tap.heard)
-            return rotate(block.self_attn, q, position), rotate(block.self_attn, k, position), v
-
-        def after(x: mx.array, out: mx.array) -> mx.array:
-            return _stock_call(held(), x, Tap(out))
-
-        self.before, self.after = mx.compile(before), mx.compile(after)
-        self.is_traced = _does_the_same_for_all_tokens(block) and self._trace(x)
+        self.is_traced = _does_the_same_for_all_tokens(block) and self._trace(_twin(block), mx.zeros_like(x))
 
     def is_of(self, block: nn.Module) -> bool:
         """Whether it is a step of this block and this thread."""
@@ -87,16 +76,49 @@ class TokenStep:
         now = _seen(self._block())
         return len(now) == len(self._seen) and all(map(is_, now, self._seen))
 
-    def _trace(self, x: mx.array) -> bool:
+    def _trace(self, twin: nn.Module, x: mx.array) -> bool:
         """Trace both halves, before a cache is written; says whether MLX could: not code that looks at a position."""
-        x = mx.zeros_like(x)
+
+        def before(x: mx.array, position: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+            tap = Tap()
+            _stock_call(twin, x, tap)
+            q, k, v = project_token(twin.self_attn, tap.heard)
+            return rotate(twin.self_attn, q, position), rotate(twin.self_attn, k, position), v
+
+        def after(x: mx.array, out: mx.array) -> mx.array:
+            return _stock_call(twin, x, Tap(out))
+
+        self.before, self.after = mx.compile(before), mx.compile(after)
         try:
-            mx.async_eval([value for value in self._seen if isinstance(value, mx.array)])  # else it were done each time
+            mx.async_eval([value for value in _seen(twin) if isinstance(value, mx.array)])  # else for each token anew
             q, _, v = self.before(x, mx.array(0))
             self.after(x, mx.zeros((1, q.shape[1], 1, v.shape[3]), v.dtype))
         except (ValueError, TypeError, RuntimeError):  # stock code computes, and says what is wrong if anything is
             return False
         return True
+
+
+class _TokenLinear(nn.Linear):
+    """`nn.Linear` without bias for one token, whose weight `[1, in, out]` is a view made once: one node for five.
+
+    MLX would transpose the weight, flatten the input and unflatten the output each time, for the same product.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x @ self["columns"] if x.ndim == 3 else super().__call__(x)
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A copy of a module tree to trace, over the same arrays."""
+    twin = copy.copy(module)
+    twin.__dict__.pop("token_steps", None)
+    for name, value in module.items():
+        if isinstance(value, nn.Module):
+            twin[name] = _twin(value)
+    if type(module) is nn.Linear and "bias" not in module:
+        twin.__class__ = _TokenLinear
+        twin["columns"] = module.weight.T[None]
+    return twin
 
 
 def _stock_call(block: nn.Module, x: mx.array, tap: Tap) -> mx.array:
@@ -132,8 +154,8 @@ class TokenSteps:
         step = self._steps.get(thread)
         if step is not None and step.is_of(block) and step.is_current():
             return step
-        if len(self._steps) >= _MOST_THREADS:
-            self._steps.clear()
+        if step is not None or len(self._steps) >= _MOST_THREADS:
+            self._steps.clear()  # those of other threads are as old, and hold old weights
         step = self._steps[thread] = TokenStep(block, x)
         return step
 

@@ -221,6 +221,24 @@ def test_threads_that_come_and_go_leave_few_steps():
     assert 0 < len(block.token_steps._steps) <= 8
 
 
+def test_steps_hold_no_copy_of_a_weight_and_no_old_weight_for_long():
+    model, tokens = flux_model("llama", route=(1,)), prompt(PROMPT_TOKENS + 3)
+    mx.eval(model(mx.array(tokens)[None], cache=model.make_cache()))
+    gc.collect()
+    held = mx.get_active_memory()
+    thread = threading.Thread(target=decoded, args=(model, tokens))
+    thread.start()
+    thread.join()
+    decoded(model, tokens)
+    gc.collect()
+    assert mx.get_active_memory() - held < model.layers[0].mlp.up_proj.weight.nbytes // 4
+    old = weakref.ref(steps_of(model)[0]), weakref.ref(steps_of(model)[1])
+    double_down(model)
+    scale_all(model)
+    decoded(model, tokens)
+    assert [step() for step in old] == [None, None]
+
+
 def test_neither_steps_nor_kept_caches_hold_on_to_a_model():
     model = flux_model("llama", route=(1,))
     cache = model.make_cache()
