@@ -1,4 +1,4 @@
-"""The measured tables of docs/speed.md, from the JSON files of one H100: `python -m benchmarks.mlx_report`."""
+"""The measured tables of docs/speed.md, from JSON files, all but one of an H100: `python -m benchmarks.mlx_report`."""
 
 from __future__ import annotations
 
@@ -109,6 +109,22 @@ def host_table() -> str:
     return columns(lines)
 
 
+def graph_table() -> str:
+    """Nodes and building time of a decoding step, counted and timed without a GPU, before and after blocks' steps."""
+    stages = record("mlx_graph_cost")["stages"]
+    lines: list[tuple[Any, ...]] = [
+        ("bits", "layers", "nodes a layer, before", "after", "of them views", "build over stock's, before", "after", "ms")
+    ]
+    for bits, name in ((16, "bf16"), (4, "4bit")):
+        befores, afters = (stages[f"{name}-{when}"]["rows"] for when in ("before", "after"))
+        for before, after in zip(befores, afters, strict=True):
+            nodes = (before["nodes_a_layer"], after["nodes_a_layer"], after["views_a_layer"])
+            ratios = (row["build_s"] / rows[0]["build_s"] for row, rows in ((before, befores), (after, afters)))
+            build = f"{1e3 * after['build_s']:.2f}"
+            lines.append((bits, after["kind"], *(f"{x:.1f}" for x in nodes), *(f"{x:.2f}" for x in ratios), build))
+    return columns(lines)
+
+
 def device_table() -> str:
     """Our kernels by NVIDIA's profiler."""
     lines: list[tuple[Any, ...]] = [("kernel", "keys", "queries", "device ms", "of ideal")]
@@ -147,7 +163,8 @@ def exact_table() -> str:
 
 def tables() -> list[str]:
     """All of them, in the page's order."""
-    makers = (prefill_table, exact_table, short_table, decode_table, host_table, attention_table, device_table)
+    decoding = (decode_table, host_table, graph_table)
+    makers = (prefill_table, exact_table, short_table, *decoding, attention_table, device_table)
     return [make() for make in makers]
 
 
