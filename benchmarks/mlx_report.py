@@ -113,7 +113,7 @@ def graph_table() -> str:
     """Nodes and building time of a decoding step, counted and timed without a GPU, before and after blocks' steps."""
     stages = record("mlx_graph_cost")["stages"]
     lines: list[tuple[Any, ...]] = [
-        ("bits", "layers", "nodes a layer, before", "after", "of them views", "build over stock's, before", "after", "ms")
+        ("bits", "layers", "nodes a layer, before", "after", "views", "build over stock's, before", "after", "ms")
     ]
     for bits, name in ((16, "bf16"), (4, "4bit")):
         befores, afters = (stages[f"{name}-{when}"]["rows"] for when in ("before", "after"))
