@@ -42,6 +42,19 @@ def parts(model: nn.Module, shape: AttentionShape, tokens: int, generated: int) 
     return dict(zip(PARTS, map(statistics.median, zip(*found[WARM_UP_TOKENS:], strict=True)), strict=True))
 
 
+def equals_stock(model: nn.Module, shape: AttentionShape, tokens: int) -> bool:
+    """Whether full layers decode to stock's logits, bit for bit, the token that fixes their route and two behind it."""
+    caches, both = [], (stock_view(model), model)
+    for one in both:
+        mx.random.seed(0)
+        caches.append(filled_cache(one, shape, tokens))
+    set_route(model, "full")
+    logits = [
+        [one(mx.array([[token]]), cache=cache) for token in (1, 2, 3)] for one, cache in zip(both, caches, strict=True)
+    ]
+    return all(mx.array_equal(a, b).item() for a, b in zip(*logits, strict=True))
+
+
 def kinds(args: Any, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The models to measure, by name, set up when they are asked for."""
     yield "stock", stock_view(model)
@@ -65,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for tokens in args.lengths
         for name, one in kinds(args, model)
     ]
-    save(args, "mlx_host_time", rows)
+    equal = {str(tokens): equals_stock(model, shape, tokens) for tokens in args.lengths}
+    save(args, "mlx_host_time", rows, full_equals_stock=equal)
 
 
 if __name__ == "__main__":

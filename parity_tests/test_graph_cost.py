@@ -7,7 +7,8 @@ import json
 import mlx.core as mx
 import pytest
 
-from benchmarks import mlx_graph_cost
+from benchmarks import mlx_graph_cost, mlx_host_time
+from flux_mlx.routed_block import RoutedBlock
 
 LAYERS = 4
 
@@ -47,6 +48,17 @@ def test_no_kind_of_node_is_flux_alone(rows):
             sum(n for name, n in found.items() if name.startswith("Compiled")) for found in (row["nodes"], stock)
         ]
         assert compiled == [LAYERS, LAYERS]
+
+
+def test_host_time_says_whether_full_layers_are_stocks(tmp_path, monkeypatch):
+    path = tmp_path / "found.json"
+    arguments = ["--shape", "tiny", "--lengths", "300", "-g", "1", "--json", str(path)]
+    mlx_host_time.main(arguments)
+    assert json.loads(path.read_text())["full_equals_stock"] == {"300": True}
+    step = RoutedBlock.decode_token
+    monkeypatch.setattr(RoutedBlock, "decode_token", lambda self, *args: 1.001 * step(self, *args))
+    mlx_host_time.main(arguments)
+    assert json.loads(path.read_text())["full_equals_stock"] == {"300": False}
 
 
 def test_what_was_replaced_is_put_back():
