@@ -17,6 +17,7 @@ from mlx_lm.models.rope_utils import Llama3RoPE
 from mlx_lm.tuner.lora import LoRALinear
 
 import flux_mlx
+from flux_mlx.benchmark_parts import AttentionShape, grow
 from flux_mlx.families import project, project_token
 from flux_mlx.models import routed_layers, set_kv_policy, set_route
 from flux_mlx.routed_block import RoutedBlock
@@ -237,6 +238,20 @@ def test_steps_hold_no_copy_of_a_weight_and_no_old_weight_for_long():
     scale_all(model)
     decoded(model, tokens)
     assert [step() for step in old] == [None, None]
+
+
+@pytest.mark.parametrize("route", ["full", "sparse"])
+def test_a_token_copies_no_keys(route):
+    model = flux_model("llama", route=route)
+    shape, cache = AttentionShape.of(model), model.make_cache()
+    for entry in cache:
+        grow(entry.kv, shape, 20_000)
+    one_by_one(model, prompt(3), cache)
+    mx.reset_peak_memory()
+    held = mx.get_active_memory()
+    one_by_one(model, prompt(3), cache)
+    assert all(step.is_traced for step in steps_of(model))
+    assert mx.get_peak_memory() - held < cache[0].kv.keys.nbytes // 2
 
 
 def test_neither_steps_nor_kept_caches_hold_on_to_a_model():
