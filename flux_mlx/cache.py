@@ -89,7 +89,6 @@ class CacheList(RouterState, StockCacheList):
             DroppedKeysError: Under the KV policy evict, where `can_trim` says no.
         """
         n = self.kv.trim(n)
-        self.token_step = None
         if n and any(end > offset for end, offset in zip(self._rows[:, Counter.END], self.offsets(), strict=True)):
             self._rewind()
         return n

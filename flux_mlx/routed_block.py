@@ -28,14 +28,12 @@ class RoutedBlock:
     token_steps: TokenSteps
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        if type(cache) is not CacheList:
-            return super().__call__(x, mask, cache)
-        if mask is None and self.is_plain_token(x, cache):
-            step = self.token_step(x, cache)
-            if step.is_traced:
-                return self.decode_token(step, x, cache)
-        else:
+        if type(cache) is CacheList:
+            if mask is None and self.is_plain_token(x, cache):
+                step = self.token_step(x, cache)
+                return self.decode_token(step, x, cache) if step.is_traced else super().__call__(x, mask, cache)
             cache.token_step = None
+        self.token_steps.drop_old()
         return super().__call__(x, mask, cache)
 
     def is_plain_token(self, x: mx.array, cache: CacheList) -> bool:
@@ -46,10 +44,10 @@ class RoutedBlock:
         return tokens == 1 and rows == 1 and type(cache.caches[0]) in _PLAIN_KEYS
 
     def token_step(self, x: mx.array, cache: CacheList) -> TokenStep:
-        """What is compiled for such calls; looked for, and looked at, when the cache's tokens begin to be decoded."""
+        """What is compiled for such calls; looked at in full when the cache's tokens begin to be decoded."""
         known = cache.token_step
         step = known() if known is not None else None
-        if step is None or not step.is_of(self):
+        if step is None or not step.is_of(self) or not step.is_held():
             step = self.token_steps.find(self, x)
             cache.token_step = StepSeen(step)
         return step

@@ -5,15 +5,19 @@ but attention has the same shapes for every token. So the family's own code is t
 the cache that takes what attention gets and gives what attention makes of it; from then on MLX repeats what it saw.
 
 MLX keeps compiled graphs for each thread, and drops them in the thread that called last: every thread gets its own.
-The trace holds the arrays of the weights. Whether the block still has the very same ones is looked at whenever a row's
-tokens begin to be decoded: at every token, that would cost an eighth of what is saved.
+
+The trace holds the arrays of the weights: as arguments they would cost half of what is saved. Whether the block has the
+very same modules and arrays is looked at for every token. What that does not see is looked at when a row's tokens begin
+to be decoded, and behind every longer call or copy: settings of modules, and arrays that were written in place.
 """
 
 from __future__ import annotations
 
 import copy
+import io
 import threading
 import weakref
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -26,6 +30,9 @@ _PARALLEL = ("cohere",)
 """Families whose blocks read the normed input behind attention again: a step would norm it twice."""
 
 _RESTLESS = ("mlx.nn.layers.dropout", "mlx.nn.layers.distributed")
+_OF_ROUTING = frozenset({"evicts", "flux", "forced", "group", "pooled_dim", "samples", "token_steps"})
+"""Attributes of routed blocks and attention modules that a trace does not depend on."""
+
 _MOST_THREADS = 8  # that keep steps of a block; more begin anew
 
 
@@ -64,20 +71,32 @@ class TokenStep:
 
     def __init__(self, block: nn.Module, x: mx.array):
         self._thread, self._block = threading.get_ident(), weakref.ref(block)  # weak: the block holds its steps
-        self._seen = _seen(block)
-        self.is_traced = _does_the_same_for_all_tokens(block) and self._trace(_twin(block), mx.zeros_like(x))
+        self._modules = _modules_under(block)
+        self._values = [dict.values(module) for module in self._modules]  # not what is held, but the look at it
+        self._held = [*dict.values(block), *chain(*self._values), None]  # None: behind the last, as more may come
+        self._settings = _settings(block, self._modules)
+        self._contents = [copy.copy(array) for array in _arrays_of(block)]  # what they share ends with a write to one
+        self._n_contents = _distinct(self._contents)
+        self.is_traced = _does_the_same_for_all_tokens(block, self._modules) and self._trace(block, mx.zeros_like(x))
 
     def is_of(self, block: nn.Module) -> bool:
         """Whether it is a step of this block and this thread."""
         return self._block() is block and self._thread == threading.get_ident()
 
-    def is_current(self) -> bool:
+    def is_held(self) -> bool:
         """Whether the block holds the modules and arrays that were traced, and no others."""
-        now = _seen(self._block())
-        return len(now) == len(self._seen) and all(map(is_, now, self._seen))
+        return all(map(is_, chain(dict.values(self._block()), *self._values, (None,)), self._held))
 
-    def _trace(self, twin: nn.Module, x: mx.array) -> bool:
+    def is_current(self) -> bool:
+        """Whether a trace of the block would be the same now."""
+        now = _settings(self._block(), self._modules)
+        if not (self.is_held() and len(now) == len(self._settings) and all(map(is_, now, self._settings))):
+            return False
+        return not self.is_traced or _distinct(self._contents + _arrays_of(self._block())) == self._n_contents
+
+    def _trace(self, block: nn.Module, x: mx.array) -> bool:
         """Trace both halves, before a cache is written; says whether MLX could: not code that looks at a position."""
+        twin = _twin(block)
 
         def before(x: mx.array, position: mx.array) -> tuple[mx.array, mx.array, mx.array]:
             tap = Tap()
@@ -90,7 +109,7 @@ class TokenStep:
 
         self.before, self.after = mx.compile(before), mx.compile(after)
         try:
-            mx.async_eval([value for value in _seen(twin) if isinstance(value, mx.array)])  # else for each token anew
+            mx.async_eval(_arrays_of(twin))  # else for each token anew
             q, _, v = self.before(x, mx.array(0))
             self.after(x, mx.zeros((1, q.shape[1], 1, v.shape[3]), v.dtype))
         except (ValueError, TypeError, RuntimeError):  # stock code computes, and says what is wrong if anything is
@@ -130,8 +149,8 @@ def _stock_call(block: nn.Module, x: mx.array, tap: Tap) -> mx.array:
 class StepSeen(weakref.ref):
     """What a cache knows of the step that decodes its tokens: nothing that lasts, and copies of it nothing at all."""
 
-    def __deepcopy__(self, _: Any) -> None:
-        return None
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(None), ()
 
 
 class TokenSteps:
@@ -141,9 +160,6 @@ class TokenSteps:
 
     def __init__(self) -> None:
         self._steps: dict[int, TokenStep] = {}
-
-    def __deepcopy__(self, _: Any) -> TokenSteps:
-        return type(self)()
 
     def __reduce__(self) -> tuple[type, tuple]:
         return type(self), ()
@@ -159,22 +175,46 @@ class TokenSteps:
         step = self._steps[thread] = TokenStep(block, x)
         return step
 
+    def drop_old(self) -> None:
+        """Let go of weights that the block has no more: in training, no token may come for long."""
+        if not all(step.is_held() for step in list(self._steps.values())):
+            self._steps.clear()
 
-def _seen(module: nn.Module) -> list[Any]:
-    """What a trace depends on: all modules and arrays under a module, and their names. Routers are not in it."""
+
+def _modules_under(module: nn.Module) -> list[nn.Module]:
+    """All modules under a module but routers."""
     found = []
     for name, value in module.items():
-        if name != "router":
-            found += name, value
-            if isinstance(value, nn.Module):
-                found += _seen(value)
+        if isinstance(value, nn.Module) and name != "router":
+            found += value, *_modules_under(value)
     return found
 
 
-def _does_the_same_for_all_tokens(block: nn.Module) -> bool:
+def _arrays_of(module: nn.Module) -> list[mx.array]:
+    """All arrays under a module but those of routers."""
+    holders = (module, *_modules_under(module))
+    return [value for holder in holders for value in holder.values() if isinstance(value, mx.array)]
+
+
+def _settings(block: nn.Module, modules: list[nn.Module]) -> list[Any]:
+    """What else a trace depends on: the names of all that is held, and plain attributes."""
+    found: list[Any] = []
+    for module in (block, *modules):
+        found += module
+        found += (value for name, value in vars(module).items() if name not in _OF_ROUTING)
+    return found
+
+
+def _distinct(arrays: list[mx.array]) -> int:
+    """How many arrays there are behind some Python objects; MLX tells that in the names of a graph's nodes only."""
+    text = io.StringIO()
+    mx.export_to_dot(text, *arrays)
+    return text.getvalue().count("rank=source")
+
+
+def _does_the_same_for_all_tokens(block: nn.Module, modules: list[nn.Module]) -> bool:
     """Whether all that is in the block is known to, and reads its normed input before attention only."""
-    modules = [block, *(value for value in _seen(block) if isinstance(value, nn.Module))]
-    return family(block.self_attn) not in _PARALLEL and all(map(_is_plain, modules))
+    return family(block.self_attn) not in _PARALLEL and all(map(_is_plain, [block, *modules]))
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -209,7 +209,7 @@ def python_calls(model, cache: list) -> float:
     return seen / LAYERS
 
 
-@pytest.mark.parametrize(("route", "most"), [(Route.FULL, 13), (Route.SPARSE, 58)])
+@pytest.mark.parametrize(("route", "most"), [(Route.FULL, 14), (Route.SPARSE, 58)])
 def test_bookkeeping_of_a_token_is_a_few_calls(route, most):
     model = flux_model()
     cache = model.make_cache()
