@@ -1,9 +1,9 @@
 """Tables and plots of trained routers, from the results of flux_mlx.evaluate.
 
-Run from the repository root, with the files of all shards; the first contender is the one that ships, its other seeds
-follow:
+Run from the repository root, with the files of all shards:
 
-    python -m benchmarks.training_report benchmarks/training_eval_*.json --seeds seed0 seed1 seed2 --out benchmarks
+    python -m benchmarks.training_report benchmarks/training_eval_*.json --ships seed0/4096 \
+        --seeds seed0 seed1 seed2 --out benchmarks
 
 It writes training_table.md, training_omega.png and training_quality.png.
 """
@@ -24,10 +24,11 @@ MIX = (*RETRIEVAL, "multi-hops", "aggregation", "icl", *TEXT)
 Results = dict[str, Any]
 
 
-def merge(parts: Iterable[Results]) -> Results:
+def merge(parts: Iterable[Results], *, largest: bool = True) -> Results:
     """One result of many: cells and contenders of shards and of later runs together.
 
-    Where a contender was scored twice on a cell, the run with more samples stands.
+    Where a contender was scored twice on a cell, the run with more samples stands; with `largest` False the one with
+    fewer, which is the one that all contenders share.
 
     Raises:
         ValueError: Two parts hold the same contender of the same cell, on as many samples, with different numbers.
@@ -39,17 +40,17 @@ def merge(parts: Iterable[Results]) -> Results:
             whole["generation"].setdefault(cell, {}).update(found)
         for cell, found in part.get("cells", {}).items():
             mine, routes = whole["cells"].setdefault(cell, {}), part.get("routes", {}).get(cell, {})
-            for name in [name for name in found if _stands(cell, name, found[name], mine)]:
+            for name in [name for name in found if _stands(cell, name, found[name], mine, largest)]:
                 mine[name] = found[name]
                 if name in routes:
                     whole["routes"].setdefault(cell, {})[name] = routes[name]
     return whole
 
 
-def _stands(cell: str, name: str, found: dict[str, Any], mine: dict[str, Any]) -> bool:
+def _stands(cell: str, name: str, found: dict[str, Any], mine: dict[str, Any], largest: bool) -> bool:
     """Whether `found` goes in beside, or in place of, what a cell holds already."""
     if name not in mine or found["samples"] != mine[name]["samples"]:
-        return name not in mine or found["samples"] > mine[name]["samples"]
+        return name not in mine or (found["samples"] > mine[name]["samples"]) == largest
     if found != mine[name] and name != "full":
         raise ValueError(f"[merge] {cell} holds {name} twice, with different numbers.")
     return False
@@ -208,15 +209,16 @@ def seeds_agree(results: Results, seeds: Sequence[str]) -> str:
 
 
 def chunked(results: Results, contender: str) -> str:
-    """Exact against chunked routing of one contender: equal routes, quality of each."""
+    """Exact against chunked routing: equal routes, and what each loses to all full, on the samples that it had."""
     rows = []
     for cell, by in sorted(results["cells"].items(), key=_cell_order):
         for name, s in by.items():
             if name.startswith(f"{contender}@") and contender in by:
                 both = by[contender], s
-                values = [float(part.get(value, np.nan)) for value in ("nll_ratio", "accuracy") for part in both]
+                values = [float(part.get(value, np.nan)) for value in ("nll_ratio", "accuracy_diff") for part in both]
                 rows.append([cell, int(name.partition("@")[2]), s.get("routes_as_exact", np.nan), *values])
-    return table(["cell", "chunk", "equal routes", "NLL ratio exact", "chunked", "choice exact", "chunked"], rows)
+    header = ["cell", "chunk", "equal routes", "NLL ratio exact", "chunked", "choice, difference exact", "chunked"]
+    return table(header, rows)
 
 
 def by_depth(results: Results, contender: str) -> str:
@@ -238,17 +240,17 @@ def generation(results: Results) -> str:
     return table(["cell", "contender", "samples", "exact", "as teacher forcing says"], rows)
 
 
-def report(results: Results, seeds: Sequence[str]) -> str:
-    """The whole text."""
-    first = seeds[0]
+def report(results: Results, shared: Results, ships: str, seeds: Sequence[str]) -> str:
+    """The whole text; `shared` holds every contender on the same samples."""
     parts = {
-        "All contenders": comparison(results),
-        f"What {first} must hold": targets(results, first),
-        f"{first}, cell by cell": by_cell(results, first),
-        "Exact and chunked routing": chunked(results, first),
+        "All contenders, on the same samples": comparison(shared),
+        f"What {ships} must hold": targets(results, ships),
+        f"{ships}, cell by cell": by_cell(results, ships),
+        **({f"{seed}, cell by cell": by_cell(results, seed) for seed in seeds if seed != ships}),
+        "Exact and chunked routing": chunked(results, seeds[0]),
         "Routes and tasks": entropies(results),
         "Seeds": seeds_agree(results, seeds) if len(seeds) > 1 else "One seed.",
-        "By depth": by_depth(results, first),
+        f"{ships}, by depth": by_depth(results, ships),
         "Generated answers": generation(results),
     }
     return "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items()) + "\n"
@@ -270,19 +272,22 @@ def plot_omega(results: Results, contender: str, path: Path) -> None:
 
 
 def plot_quality(results: Results, path: Path) -> None:
-    """Quality against Omega: retrieval and text, a point for each contender."""
+    """What is lost against Omega: retrieval and text, a point for each contender that routes exactly."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    names = [name for name in contenders(results) if name != "full" and "@" not in name]
+    colours = plt.get_cmap("tab20")
     for axis, kinds, title in zip(axes, (RETRIEVAL, TEXT), ("retrieval", "code and documents"), strict=True):
-        for name in contenders(results):
-            x, y = mean(pick(results, name, kinds, "omega")), mean(pick(results, name, kinds, "nll_ratio"))
-            axis.plot(x, y, "o" if name in _routed(results) else "s", label=name)
-            axis.annotate(name, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        for i, name in enumerate(names):
+            x, y = mean(pick(results, name, kinds, "omega")), 100 * (mean(pick(results, name, kinds, "nll_ratio")) - 1)
+            axis.plot(x, y, "o" if name in _routed(results) else "s", color=colours(i % 20), label=name)
         axis.set_xlabel("Omega")
-        axis.set_ylabel("NLL, to all layers full")
-        axis.set_yscale("log")
+        axis.set_ylabel("NLL above all layers full, %")
+        axis.set_yscale("symlog", linthresh=1.0)
+        axis.grid(alpha=0.3)
         axis.set_title(title)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -295,13 +300,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Console entry."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", nargs="+", type=Path, help="JSON files of flux_mlx.evaluate")
-    parser.add_argument("--seeds", nargs="+", required=True, help="contenders that differ by seed; the first ships")
+    parser.add_argument("--ships", required=True, help="contender that ships")
+    parser.add_argument("--seeds", nargs="+", required=True, help="contenders that differ by seed")
     parser.add_argument("--out", type=Path, required=True, help="folder of the table and the plots")
     args = parser.parse_args(argv)
-    results = merge(json.loads(path.read_text(encoding="utf-8")) for path in args.results)
-    (args.out / "training_table.md").write_text(report(results, args.seeds), encoding="utf-8")
-    plot_omega(results, args.seeds[0], args.out / "training_omega.png")
-    plot_quality(results, args.out / "training_quality.png")
+    parts = [json.loads(path.read_text(encoding="utf-8")) for path in args.results]
+    results, shared = merge(parts), merge(parts, largest=False)
+    text = report(results, shared, args.ships, args.seeds)
+    (args.out / "training_table.md").write_text(text, encoding="utf-8")
+    plot_omega(results, args.ships, args.out / "training_omega.png")
+    plot_quality(shared, args.out / "training_quality.png")
 
 
 if __name__ == "__main__":

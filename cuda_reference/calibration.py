@@ -26,7 +26,8 @@ from cuda_reference.recipe import Recipe
 from cuda_reference.router import LayerRouter
 
 SILU_SECOND_MOMENT = 0.3557  # E[silu(x)^2] for x ~ N(0, 1)
-FIT_STEPS, FIT_LR, FIT_WEIGHT_DECAY = 300, 1e-3, 0.01
+FIT_STEPS, FIT_LR, FIT_WEIGHT_DECAY = 600, 1e-3, 0.01
+HELD_OUT = 16  # one sample in so many does not take part in the fit
 SMALLEST_SPREAD = 0.1  # of a layer's mean spread: dimensions that hardly vary are not blown up further
 
 
@@ -80,7 +81,7 @@ def fit_masks(
     task: torch.Tensor,
     masks: torch.Tensor,
     confidence: float,
-) -> float:
+) -> None:
     """Fit routers to one mask for each task: training then starts from what a search found, not from all full.
 
     Args:
@@ -89,41 +90,56 @@ def fit_masks(
         task: `[n]` int64.
         masks: bool `[tasks, model layers]`, True is full.
         confidence: p that the fit aims at for each decision, in (0.5, 1).
-
-    Returns:
-        Share of the decisions that agree with the masks afterwards.
     """
-    wanted = {layer: masks[task, layer].float() for layer in routers}
     parameters = [p for router in routers.values() for p in router.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=FIT_LR, weight_decay=FIT_WEIGHT_DECAY)
     low, span = 1.0 - confidence, 2.0 * confidence - 1.0
     for _ in range(FIT_STEPS):
-        gaps = {layer: router(pooled[layer]).diff(dim=1).squeeze(1) for layer, router in routers.items()}
         losses = [
-            functional.binary_cross_entropy_with_logits(gaps[layer], low + span * wanted[layer]) for layer in routers
+            functional.binary_cross_entropy_with_logits(_gap(router, pooled[layer]), low + span * masks[task, layer])
+            for layer, router in routers.items()
         ]
         optimiser.zero_grad(set_to_none=True)
         torch.stack(losses).sum().backward()
         optimiser.step()
-    agree = [((gaps[layer] > 0) == (wanted[layer] > 0.5)).float().mean() for layer in routers]
     for parameter in parameters:
         parameter.grad = None
-    return float(torch.stack(agree).mean())
 
 
-def calibrate_model(model: PackedModel, packs: Iterator[Pack], recipe: Recipe) -> None:
-    """`calibrate` every router on the recipe's rows, then fit its start, if it has one.
+@torch.no_grad()
+def agreement(
+    routers: Mapping[int, LayerRouter], pooled: Mapping[int, torch.Tensor], task: torch.Tensor, masks: torch.Tensor
+) -> float:
+    """Share of the decisions that follow the masks; arguments as `fit_masks`."""
+    alike = [(_gap(router, pooled[layer]) > 0) == masks[task, layer] for layer, router in routers.items()]
+    return float(torch.stack(alike).float().mean())
+
+
+def _gap(router: LayerRouter, pooled: torch.Tensor) -> torch.Tensor:
+    """logit 1 - logit 0 of every sample, `[n]`."""
+    return router(pooled).diff(dim=1).squeeze(1)
+
+
+def calibrate_model(model: PackedModel, packs: Iterator[Pack], recipe: Recipe) -> float:
+    """`calibrate` every router on the recipe's rows, then fit its start, if it has one, on all but a sixteenth.
 
     With several processes the first one's routers go to all.
+
+    Returns:
+        Share of the decisions that follow the masks on the samples that the fit did not see; nan without a start.
     """
     pooled, task = pooled_queries(model, packs, recipe.calibration_rows)
     found = routers(model.backbone)
     for layer, router in found.items():
         calibrate(router, pooled[layer])
+    share = float("nan")
     if recipe.start:
         layers = len(model.backbone.get_decoder().layers)
-        masks = torch.stack([mask_of(list(recipe.start[name]), layers) for name in recipe.tasks])
-        fit_masks(found, pooled, task, masks.to(task.device), recipe.start_confidence)
+        masks = torch.stack([mask_of(list(recipe.start[name]), layers) for name in recipe.tasks]).to(task.device)
+        kept = len(task) - max(1, len(task) // HELD_OUT)
+        fit_masks(found, {k: x[:kept] for k, x in pooled.items()}, task[:kept], masks, recipe.start_confidence)
+        share = agreement(found, {k: x[kept:] for k, x in pooled.items()}, task[kept:], masks)
     if dist.is_initialized():
         for parameter in model.routers().values():
             dist.broadcast(parameter.data, src=0)
+    return share

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ class Recipe:
         loss: "nll", of the answers, as published; "kl", divergence from the backbone with every layer full.
         calibration_rows: Rows of training data whose pooled queries set the routers' start (`calibration`); 0 keeps
             PyTorch's usual start.
+        calibration_tokens: Shortest and longest sample of those rows; empty: those of the data. Routers read both ends
+            of a prompt: many short prompts teach them more than a few long ones.
         start: Task to the full layers that the routers are fitted to before training (`calibration.fit_masks`), on
             the calibration rows; empty: no fit.
         start_confidence: p that the fit aims at for each decision: what is left to explore.
@@ -86,6 +88,7 @@ class Recipe:
     by_head: bool = False
     loss: str = "nll"
     calibration_rows: int = 0
+    calibration_tokens: tuple[int, ...] = ()
     start: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     start_confidence: float = 0.9
     gradient_checkpointing: bool = False
@@ -103,6 +106,12 @@ class Recipe:
                 f"[Recipe] start needs calibration_rows, routes of layers and full layers for {sorted(self.targets)}, "
                 f"got calibration_rows {self.calibration_rows}, by_head {self.by_head} and {sorted(self.start)}."
             )
+        lengths = self.calibration_tokens
+        if lengths and not (len(lengths) == 2 and 0 < lengths[0] <= lengths[1] <= self.data.row_tokens):
+            raise ValueError(
+                f"[Recipe] calibration_tokens must be a shortest and a longest length, at most row_tokens "
+                f"{self.data.row_tokens}, got {list(lengths)}."
+            )
         if not 0.5 < self.start_confidence < 1.0:
             raise ValueError(f"[Recipe] start_confidence must lie in (0.5, 1), got {self.start_confidence!r}.")
         missing = sorted(set(self.data.tasks) - set(self.targets))
@@ -116,6 +125,13 @@ class Recipe:
     def tasks(self) -> tuple[str, ...]:
         """Task names, in the order of the targets."""
         return tuple(self.targets)
+
+    def for_calibration(self) -> Recipe:
+        """The recipe whose rows calibrate the routers: other lengths of samples."""
+        if not self.calibration_tokens:
+            return self
+        shortest, longest = self.calibration_tokens
+        return replace(self, data=replace(self.data, shortest_tokens=shortest, longest_tokens=longest))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

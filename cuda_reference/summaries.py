@@ -26,9 +26,9 @@ def summary(
     Returns:
         nll, nll_ratio (of the means, to the base) with its 95 % bounds nll_ratio_low and nll_ratio_high, omega,
         omega_std, exact (share of answers that greedy decoding gives), exact_base; pairs: visible pairs as a share of
-        those of full attention (streaming only). With candidates: accuracy, accuracy_base, accuracy_diff, its bounds
-        accuracy_diff_low and accuracy_diff_high (2.5 and 97.5 %) and accuracy_diff_bound (one-sided, 5 %). With
-        needles: by_depth. Bounds are of a paired bootstrap over the samples.
+        those of full attention (not for xattention, whose pairs depend on the data). With candidates: accuracy,
+        accuracy_base, accuracy_diff, its bounds accuracy_diff_low and accuracy_diff_high (2.5 and 97.5 %) and
+        accuracy_diff_bound (one-sided, 5 %). With needles: by_depth. Bounds are of a paired bootstrap over the samples.
     """
     nll, base_nll = (np.array([s.nll for s in part]) for part in (scores, base))
     omega = np.array([s.omega for s in scores])
@@ -44,7 +44,7 @@ def summary(
         "exact": float(np.mean([s.exact for s in scores])),
         "exact_base": float(np.mean([s.exact for s in base])),
     }
-    if pattern is not None and pattern.name == "streaming":
+    if pattern is not None and pattern.name != "xattention":
         found["pairs"] = _pairs(samples, omega, pattern)
     if samples[0].candidates:
         right, base_right = (np.array([s.chosen == 0 for s in part], float) for part in (scores, base))
@@ -82,9 +82,9 @@ def _ratio_bounds(nll: np.ndarray, base: np.ndarray, seed: int = 0) -> tuple[flo
 
 def _pairs(samples: Sequence[Sample], omega: np.ndarray, pattern: PatternConfig) -> float:
     """Visible (query, key) pairs of all layers as a share of those of full attention, mean over the samples."""
-    lengths = sorted({len(s.tokens) for s in samples})
-    shares = {n: visible_pairs(pattern, n, n) / visible_pairs(None, n, n) for n in lengths}
-    each = [1.0 - o * (1.0 - shares[len(s.tokens)]) for s, o in zip(samples, omega, strict=True)]
+    sizes = [(len(s.tokens), s.prompt_tokens) for s in samples]
+    shares = {(n, m): visible_pairs(pattern, n, n, m) / visible_pairs(None, n, n) for n, m in set(sizes)}
+    each = [1.0 - o * (1.0 - shares[size]) for size, o in zip(sizes, omega, strict=True)]
     return float(np.mean(each))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -126,7 +127,13 @@ def train(args: argparse.Namespace, recipe: Recipe, world: World) -> Trainer:
     model = load_model(args.model, recipe, world.device, compiled=args.compile)
     found = load_checkpoint(args.out)
     if recipe.calibration_rows and not found:
-        calibrate_model(model, stream(rows, range(last, last + recipe.calibration_rows)), recipe)
+        start_rows = training_rows(
+            recipe.for_calibration(), tokenizer, world.rank, world.ranks, args.workers, args.text_cache
+        )
+        packs = stream(start_rows, range(last, last + recipe.calibration_rows), args.workers)
+        agreement = calibrate_model(model, packs, recipe)
+        if recipe.start and world.leads:
+            tqdm.write(f"start: {agreement:.3f} of the decisions on other prompts follow the masks", file=sys.stderr)
     trainer = Trainer(model, recipe, world, args.spread, next(model.backbone.parameters()).dtype)
     if found:
         trainer.load(*found)

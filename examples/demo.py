@@ -18,8 +18,6 @@ from flux_mlx.smollm2 import fetch_gguf
 HERE = Path(__file__).resolve().parent
 DOCUMENT = HERE / "data" / "us_constitution_1787.txt"
 QUESTION = "According to the text, how many Representatives shall Virginia have?"
-# Full layers chosen by hand: needle retrieval at 4,096 tokens stays at the level of all layers full.
-STATIC_FULL_LAYERS = "0,2,6,7,14,18,21,23"
 ROUTERS = HERE.parent / "flux_mlx" / "data" / "routers" / "smollm2-135m-instruct" / "routers.safetensors"
 
 
@@ -32,18 +30,9 @@ def run(*command: str, **environment: str) -> None:
     subprocess.run([str(program), *command[1:]], env=os.environ | environment, check=True)
 
 
-def flux_settings(trained: bool) -> list[str]:
-    """Flags of flux_mlx.convert: the trained routers that ship with the package, or the static list."""
-    if trained:
-        return ["--routers", str(ROUTERS)]
-    sizes = ["--block-size", "64", "--sink-tokens", "64", "--window-tokens", "512"]
-    return [*sizes, "--route", STATIC_FULL_LAYERS]
-
-
-def settings_hash(settings: list[str]) -> str:
-    """Names a directory: other settings, or other contents of a file among them, make another one."""
-    parts = [Path(part).read_bytes() if Path(part).is_file() else part.encode() for part in settings]
-    return hashlib.sha256(b" ".join(parts)).hexdigest()[:8]
+def directory_name(routers: Path) -> str:
+    """Other routers make another directory."""
+    return f"smollm2-135m-flux-{hashlib.sha256(routers.read_bytes()).hexdigest()[:8]}"
 
 
 def main() -> None:
@@ -51,14 +40,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, default=Path("models"), help="where to keep the model")
     parser.add_argument("--max-tokens", type=int, default=48, help="tokens to generate")
-    parser.add_argument("--trained", action="store_true", help="trained routers (experimental) in place of the list")
     args = parser.parse_args()
-    settings = flux_settings(args.trained)
-    kind = settings_hash(settings)
-    directory = args.models / f"smollm2-135m-flux-{kind}"
+    directory = args.models / directory_name(ROUTERS)
     if not directory.is_dir():
         gguf = fetch_gguf(args.models / "download")
-        run("flux_mlx.convert", "--gguf", str(gguf), "--mlx-path", str(directory), *settings)
+        run("flux_mlx.convert", "--gguf", str(gguf), "--mlx-path", str(directory), "--routers", str(ROUTERS))
     document = DOCUMENT.read_text(encoding="utf-8")
     prompt = f"{document}\n\n{QUESTION}"
     print(f"\n{DOCUMENT.name}, {len(document.split())} words. {QUESTION}\n")

@@ -59,6 +59,9 @@ def test_summary_counts_pairs_and_depths():
     found = summary(samples, ours, base, PatternConfig(block_size=64, sink_tokens=64, window_tokens=512))
     dense = 4096 * 4097 / 2
     assert 0.25 + 0.75 * 512 * 4096 / dense * 0.9 < found["pairs"] < 0.25 + 0.75 * 640 * 4096 / dense
+    triangle = PatternConfig("triangle", block_size=64, sink_tokens=64, window_tokens=512, last_tokens=128)
+    more = summary(samples, ours, base, triangle)["pairs"] - found["pairs"]
+    assert more == pytest.approx(0.75 * 128 * (4026 - 576) / dense, rel=0.02)
     first, last = found["by_depth"]
     assert (first["depth"], first["samples"], first["accuracy"], first["accuracy_base"]) == (0.1, 2, 0.5, 1.0)
     assert (last["samples"], last["accuracy"], last["accuracy_base"], last["nll_ratio"]) == (1, 1.0, 0.0, 1.0)

@@ -113,8 +113,9 @@ def test_dense_means_that_nothing_causal_is_hidden(case):
 
 @given(case=pattern_cases())
 def test_pairs_are_the_visible_ones_counted(case):
-    pattern, q_tokens, kv_tokens, _ = case
-    assert visible_pairs(pattern, q_tokens, kv_tokens) == visible_mask(pattern, q_tokens, kv_tokens).sum()
+    pattern, q_tokens, kv_tokens, prompt_tokens = case
+    for prompt in (None, prompt_tokens):
+        assert visible_pairs(pattern, q_tokens, kv_tokens, prompt) == visible_mask(*case[:3], prompt).sum()
     assert visible_pairs(None, q_tokens, kv_tokens) == sum(range(kv_tokens - q_tokens + 1, kv_tokens + 1))
 
 

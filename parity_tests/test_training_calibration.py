@@ -7,7 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cuda_reference.calibration import SILU_SECOND_MOMENT, calibrate, calibrate_model, fit_masks, pooled_queries
+from cuda_reference.calibration import (
+    SILU_SECOND_MOMENT,
+    agreement,
+    calibrate,
+    calibrate_model,
+    fit_masks,
+    pooled_queries,
+)
 from cuda_reference.data_packing import TILE, pack
 from cuda_reference.data_prompts import TASKS
 from cuda_reference.packed_model import PackedModel
@@ -87,8 +94,10 @@ def test_a_fitted_start_decides_as_its_masks_say():
     for router in routers.values():
         calibrate(router, x)
     masks = torch.tensor([[True, False, True], [False, False, True]])
-    agreement = fit_masks(routers, dict.fromkeys(routers, x), task, masks, 0.9)
+    before = agreement(routers, dict.fromkeys(routers, x), task, masks)
+    fit_masks(routers, dict.fromkeys(routers, x), task, masks, 0.9)
     gaps = torch.stack([router(x).diff(dim=1).squeeze(1).detach() for router in routers.values()], dim=1)
-    assert agreement == float(((gaps > 0) == masks[task]).float().mean()) == 1.0
+    share = agreement(routers, dict.fromkeys(routers, x), task, masks)
+    assert before < share == float(((gaps > 0) == masks[task]).float().mean()) == 1.0
     assert gaps.sigmoid().clamp(0.5).mean() < 0.95
     assert all(p.grad is None for p in routers[0].parameters())

@@ -124,6 +124,7 @@ def test_shipped_recipes_are_read(name):
         ("targets.code=2.0", "lie in"),
         ('loss="mse"', "loss must be"),
         ("start={single=[1]}", "start needs"),
+        ("calibration_tokens=[2048, 384]", "a shortest and a longest"),
         ("start_confidence=0.5", "start_confidence must"),
         ("data.tasks.poetry=1", "target for every task"),
         ("seed", "name=value"),
@@ -134,6 +135,13 @@ def test_shipped_recipes_are_read(name):
 def test_bad_settings_are_refused(override, message):
     with pytest.raises(ValueError, match=message):
         load_recipe("smollm2", [override])
+
+
+def test_calibration_may_have_lengths_of_its_own():
+    recipe = load_recipe("smollm2", ["calibration_tokens=[384, 640]"])
+    data = recipe.for_calibration().data
+    assert (data.shortest_tokens, data.longest_tokens, data.tasks) == (384, 640, recipe.data.tasks)
+    assert load_recipe("smollm2", ["calibration_tokens=[]"]).for_calibration().data == recipe.data
 
 
 def test_an_unknown_recipe_is_named():

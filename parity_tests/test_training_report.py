@@ -80,14 +80,17 @@ def test_shards_and_later_runs_are_put_together():
     seed0["samples"] += 1
     assert merge([whole, first])["cells"]["test/single/2048"]["seed0"]["nll"] == 9.0
     assert merge([first, whole])["cells"]["test/single/2048"]["seed0"]["nll"] == 9.0
+    assert merge([first, whole], largest=False)["cells"]["test/single/2048"]["seed0"]["nll"] != 9.0
 
 
 def test_the_command_writes_table_and_plots(tmp_path):
     pytest.importorskip("matplotlib").use("Agg")
     (tmp_path / "a.json").write_text(json.dumps(made()))
-    training_report.main([str(tmp_path / "a.json"), "--seeds", "seed0", "seed1", "--out", str(tmp_path)])
+    training_report.main(
+        [str(tmp_path / "a.json"), "--ships", "seed0", "--seeds", "seed0", "seed1", "--out", str(tmp_path)]
+    )
     text = (tmp_path / "training_table.md").read_text()
-    assert text == report(made(), ["seed0", "seed1"])
+    assert text == report(made(), made(), "seed0", ["seed0", "seed1"])
     assert "seed0, seed1: same decisions | 1.000" in text
     assert "| test/code/2048 | 512 | 0.800 | 1.010 | 1.030 |" in text
     for plot in ("training_omega.png", "training_quality.png"):

@@ -40,16 +40,22 @@ def visible_mask(pattern: PatternConfig, q_tokens: int, kv_tokens: int, prompt_t
     return visible(pattern, q_pos, np.arange(kv_tokens)[None, :], prompt_tokens)
 
 
-def visible_pairs(pattern: PatternConfig | None, q_tokens: int, kv_tokens: int) -> int:
-    """Number of visible (query, key) pairs of streaming, or of dense causal attention if `pattern` is None.
+def visible_pairs(
+    pattern: PatternConfig | None, q_tokens: int, kv_tokens: int, prompt_tokens: int | None = None
+) -> int:
+    """Number of (query, key) pairs that `visible` allows, or of dense causal attention if `pattern` is None.
 
-    The ideal speed-up of a kernel is the dense count over the sparse count.
+    The ideal speed-up of a kernel is the dense count over the sparse count. Xattention, whose pairs depend on the data,
+    counts as streaming.
     """
     q = np.arange(kv_tokens - q_tokens, kv_tokens, dtype=np.int64)
     if pattern is None:
         return int((q + 1).sum())
     start = np.maximum(0, (q // pattern.block_size - pattern.window_blocks + 1) * pattern.block_size)
-    return int((q + 1 - start + np.minimum(start, pattern.sink_span)).sum())
+    seen = q + 1 - start + np.minimum(start, pattern.sink_span)
+    if pattern.name == "triangle" and prompt_tokens is not None:
+        seen = np.where((q >= prompt_tokens - pattern.last_tokens) & (q < prompt_tokens), q + 1, seen)
+    return int(seen.sum())
 
 
 @dataclass(frozen=True)
