@@ -71,10 +71,12 @@ def decide(
     """
     B, P, D = prefix.shape
     _check("float32", D)
-    if recent.shape != prefix.shape or len(counts) != B or not all(0 <= n <= P for pair in counts for n in pair):
+    is_float32 = prefix.dtype == recent.dtype == mx.float32
+    fits = recent.shape == prefix.shape and len(counts) == B and all(0 <= n <= P for pair in counts for n in pair)
+    if not (is_float32 and fits):
         raise ValueError(
-            f"[cuda_router] expected prefix and recent [B, P, D] and B pairs of counts up to P, got {prefix.shape}, "
-            f"{recent.shape} and {counts}."
+            f"[cuda_router] expected float32 prefix and recent [B, P, D] and B pairs of counts up to P, got "
+            f"{prefix.dtype} {prefix.shape}, {recent.dtype} {recent.shape} and {counts}."
         )
     _check_parameters(parameters, D)
     first_weight, first_bias, second_weight, *rest = parameters

@@ -47,7 +47,7 @@ class RoutedBlock:
         """What is compiled for such calls; looked at in full when the cache's tokens begin to be decoded."""
         known = cache.token_step
         step = known() if known is not None else None
-        if step is None or not step.is_of(self) or not step.is_held():
+        if step is None or not step.is_of(self) or (step.is_traced and not step.is_held()):
             step = self.token_steps.find(self, x)
             cache.token_step = StepSeen(step)
         return step

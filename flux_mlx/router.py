@@ -79,7 +79,7 @@ def mean_over_heads(queries: mx.array) -> mx.array:
 
 def decide_by_kernel(router: LayerRouter, prefix: mx.array, recent: mx.array, counts: Counts) -> mx.array | None:
     """`is_sparse` of `router` for what a cache holds (`flux_mlx.cuda_router.decide`); None where no kernel says it."""
-    if not kernel_policy.use_cuda_router(dtype_name(prefix), prefix.shape[2]):
+    if prefix.dtype != mx.float32 or not kernel_policy.use_cuda_router("float32", prefix.shape[2]):
         return None
     parameters = router.affine_parameters()
     return None if parameters is None else cuda_router.decide(prefix, recent, counts, parameters)[0]

@@ -147,6 +147,8 @@ def test_what_the_kernels_do_not_take():
     for counts in (((3, 2),), ((2, 2),) * 2, ((0, -1),)):
         with pytest.raises(ValueError, match="B pairs of counts up to P"):
             cuda_router.decide(rows, rows, counts, parameters)
+    with pytest.raises(ValueError, match="expected float32 prefix and recent"):
+        cuda_router.decide(rows.astype(mx.float16), rows, ((2, 2),), parameters)
     for wrong in (parameters[:-1], [x.astype(mx.float16) for x in parameters], parameters[::-1]):
         with pytest.raises(ValueError, match="expected float32 parameters of shapes"):
             cuda_router.decide(rows, rows, ((2, 2),), wrong)
