@@ -10,6 +10,7 @@ import flux_mlx
 from flux_mlx import attention, cuda_kernels, cuda_router, doctor, kernel_policy, kernel_self_test
 from flux_mlx.router import LayerRouter
 from flux_mlx.spec import PatternConfig, Route, RouterConfig
+from parity_tests.test_token_steps import ON_DEVICES, by_steps_and_by_own_calls
 from parity_tests.tiny_models import flux_model, prompt
 
 if not cuda_kernels.is_available():
@@ -144,3 +145,10 @@ def test_a_prompt_is_routed_alike_by_kernels_and_by_operations():
         for got, want in zip(pooled, pools, strict=True):
             np.testing.assert_allclose(got, want, atol=1e-2)
     assert kernel_policy.RECORD.calls["cuda"] >= before + 5 * 2 * len(pools)
+
+
+@pytest.mark.parametrize("case", ON_DEVICES, ids=str)
+def test_tokens_by_compiled_steps(monkeypatch, case):
+    by_steps, by_own_calls = by_steps_and_by_own_calls(monkeypatch, *case)
+    allowed = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}[case[1]]  # of the largest logit
+    assert np.abs(by_steps - by_own_calls).max() <= allowed * np.abs(by_own_calls).max()

@@ -11,6 +11,7 @@ from metal_kernels.catalog import KERNELS
 from parity_tests.host_shim.backend import metal_backend
 from parity_tests.properties import within_budget
 from parity_tests.test_metal_grid import COARSE, GRID, kernels_that_run
+from parity_tests.test_token_steps import ON_DEVICES, by_steps_and_by_own_calls
 
 if not kernels.is_available():
     pytest.skip("no Metal device", allow_module_level=True)
@@ -43,3 +44,10 @@ def test_sixty_four_thousand_tokens_agree_with_stock():
     out = kernels.full_attention(q, k, v)[0]
     stock = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.125, mask="causal")
     assert mx.abs(out - stock).max().item() < 5e-3
+
+
+@pytest.mark.parametrize("case", ON_DEVICES, ids=str)
+def test_tokens_by_compiled_steps(monkeypatch, case):
+    by_steps, by_own_calls = by_steps_and_by_own_calls(monkeypatch, *case)
+    allowed = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}[case[1]]  # of the largest logit
+    assert np.abs(by_steps - by_own_calls).max() <= allowed * np.abs(by_own_calls).max()

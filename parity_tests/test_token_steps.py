@@ -27,6 +27,8 @@ from flux_mlx.token_steps import TokenStep
 from parity_tests.tiny_models import FAMILIES, flux_model, prompt, stock_model
 
 UNTRACED = {"cohere"}  # its blocks are parallel
+ON_DEVICES = [(family, dtype, bits) for family in ("llama", "qwen3", "granite", "gemma") for dtype, bits in
+              (("float32", None), ("float16", None), ("bfloat16", 4))]  # fmt: skip
 PROMPT_TOKENS = 45
 
 
@@ -40,7 +42,8 @@ def decoded(model, tokens: list[int], prompt_tokens: int = PROMPT_TOKENS, cache:
 
 def one_by_one(model, tokens: list[int], cache: list) -> np.ndarray:
     """Logits of tokens, each evaluated before the next."""
-    return np.stack([np.array(model(mx.array([[token]]), cache=cache)[0, 0]) for token in tokens])
+    outs = (model(mx.array([[token]]), cache=cache)[0, 0].astype(mx.float32) for token in tokens)
+    return np.stack([np.array(out) for out in outs])
 
 
 def steps_of(model) -> list[TokenStep]:
@@ -83,14 +86,28 @@ def test_routed_layers_decode_as_by_their_own_calls(monkeypatch, route, policy):
     np.testing.assert_array_equal(by_steps, decoded(model, tokens, 240))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_layers_decode_as_by_their_own_calls(monkeypatch, bits):
-    model, tokens = flux_model("llama", route=(1, 2)), prompt(PROMPT_TOKENS + 5)
-    nn.quantize(model, 32, bits, class_predicate=lambda name, m: hasattr(m, "to_quantized") and "router" not in name)
-    by_steps = decoded(model, tokens)
+def by_steps_and_by_own_calls(monkeypatch, family: str, dtype: str, bits: int | None) -> list[np.ndarray]:
+    """Logits of a few tokens, both ways, of a model with full and sparse layers."""
+    model, tokens = flux_model(family, route=(1, 2), head_dim=64), prompt(PROMPT_TOKENS + 5)
+    model.set_dtype(getattr(mx, dtype))
+    if bits is not None:
+        quantise(model, bits)
+    logits = [decoded(model, tokens)]
     assert all(step.is_traced for step in steps_of(model))
     without_steps(monkeypatch)
-    np.testing.assert_array_equal(by_steps, decoded(model, tokens))
+    return [*logits, decoded(model, tokens)]
+
+
+def quantise(model, bits: int) -> None:
+    """All products but the routers'."""
+    nn.quantize(model, 32, bits, class_predicate=lambda name, m: hasattr(m, "to_quantized") and "router" not in name)
+
+
+@pytest.mark.parametrize(
+    "case", [("llama", "float32", 4), ("qwen3", "float32", 8), ("gemma", "float32", None)], ids=str
+)
+def test_models_as_devices_test_them_decode_as_by_their_own_calls(monkeypatch, case):
+    np.testing.assert_array_equal(*by_steps_and_by_own_calls(monkeypatch, *case))
 
 
 def test_a_rope_with_frequencies_of_its_own(monkeypatch):
@@ -181,7 +198,7 @@ def set_an_attribute(model) -> None:
 def test_what_is_written_in_place_counts_from_the_next_answer(monkeypatch, change):
     model, tokens = flux_model("llama", route=(1,)), prompt(PROMPT_TOKENS + 4)
     if change is write_scales:
-        nn.quantize(model, 32, 8, class_predicate=lambda name, m: hasattr(m, "to_quantized") and "router" not in name)
+        quantise(model, 8)
     before = decoded(model, tokens)
     steps = steps_of(model)
     change(model)
