@@ -64,8 +64,12 @@ def static_contender(text: str, layers: int, config: FluxConfig) -> Contender:
     policy = policy_of(body, layers)
     if isinstance(policy, str) and policy == "auto":
         raise ValueError("[evaluate] routers are named by --routers, not by the policy auto.")
-    chosen = replace(config, pattern=_changed(config.pattern, changes)) if changes else config
-    return Contender(head if equals else text, policy, chosen)
+    return Contender(head if equals else text, policy, _with_pattern(config, changes))
+
+
+def _with_pattern(config: FluxConfig, changes: str) -> FluxConfig:
+    """The config under the PATTERN of `static_contender`; "" changes nothing."""
+    return replace(config, pattern=_changed(config.pattern, changes)) if changes else config
 
 
 def _changed(pattern: PatternConfig, changes: str) -> PatternConfig:
@@ -92,13 +96,11 @@ def router_contenders(text: str, config: FluxConfig, chunks: Sequence[int] = ())
         ValueError: No safetensors file, or settings that are wrong.
     """
     name, equals, rest = text.rpartition("=")
-    file, at, changes = (rest, "", "") if Path(rest).is_file() else rest.rpartition("@")
-    path = Path(file if at else rest)
+    file, _, changes = (rest, "", "") if "@" not in rest or Path(rest).is_file() else rest.rpartition("@")
+    path = Path(file)
     found, by_head = file_settings(path)
-    config = found or config
-    config = replace(config, pattern=_changed(config.pattern, changes)) if at and changes else config
-    base = Contender(name if equals else "auto", "auto", config, path, by_head)
-    streaming = replace(base.config, pattern=replace(base.config.pattern, name="streaming"))  # no chunk knows the end
+    base = Contender(name if equals else "auto", "auto", _with_pattern(found or config, changes), path, by_head)
+    streaming = _with_pattern(base.config, "streaming")  # no chunk knows the prompt's end
     return [base, *(replace(base, name=f"{base.name}@{n}", config=streaming, chunk_tokens=n) for n in chunks)]
 
 

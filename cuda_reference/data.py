@@ -179,6 +179,13 @@ def training_rows(
     return MadeUpRows(TaskMaker(writer, corpora, "train", recipe.seed), recipe, rank, ranks)
 
 
+def calibration_rows(rows: Dataset, recipe: Recipe) -> Dataset:
+    """Rows for the routers' start: of the text of `rows`, in lengths of their own; a user's own rows as they are."""
+    if not isinstance(rows, MadeUpRows):
+        return rows
+    return MadeUpRows(rows.maker, recipe.for_calibration(), rows.rank, rows.ranks)
+
+
 def stream(rows: Dataset, numbers: Iterable[int], workers: int = 0, *, pin: bool = False) -> Iterator[Pack]:
     """The rows of these numbers in order, made ahead of time by `workers` processes."""
     ahead = {"prefetch_factor": 4, "multiprocessing_context": "fork"} if workers else {}

@@ -7,13 +7,12 @@ machine code, so that drivers of CUDA 12 load it.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import re
 import subprocess
 from pathlib import Path
 
-from cuda_reference.export_ptx import DTYPES, FOLDER, HEAD_DIMS, PTX_VERSION, assemble, write_kernel, write_manifest
+from cuda_reference.export_ptx import DTYPES, HEAD_DIMS, PTX_VERSION, assemble, run, write_all
 from flux_mlx.cuda_catalog import DECODE_ROWS, Compiled
 
 SOURCE = Path(__file__).parent / "cuda" / "decode.cu"
@@ -90,18 +89,15 @@ def nvcc_version() -> str:
 
 
 def write(folder: Path) -> None:
-    """Export every variant into `folder`: one file each, the manifest last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    records = [write_kernel(folder, *export(*variant)) for variant in variants()]
+    """Export every variant into `folder`."""
     manifest = {"command": "python -m cuda_reference.export_decode", "nvcc": nvcc_version()}
-    write_manifest(folder / "manifest_decode.json", manifest | {"sources_sha256": source_hash(), "kernels": records})
+    manifest |= {"sources_sha256": source_hash()}
+    write_all(folder / "manifest_decode.json", (export(*variant) for variant in variants()), manifest)
 
 
 def main() -> None:
     """Command `python -m cuda_reference.export_decode`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write (default: %(default)s)")
-    write(parser.parse_args().out)
+    run(write, __doc__)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import lzma
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -184,19 +184,30 @@ def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     partial.replace(path)
 
 
+def write_all(path: Path, kernels: Iterable[tuple[Compiled, bytes]], manifest: dict[str, str]) -> None:
+    """Write kernels beside their manifest at `path`: one file each, the manifest, begun with `manifest`, last."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = [write_kernel(path.parent, *kernel) for kernel in kernels]
+    write_manifest(path, {**manifest, "kernels": records})
+
+
+def run(write: Callable[[Path], None], description: str) -> None:
+    """The command of an exporter: `write` into the folder of the package, or into another."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write (default: %(default)s)")
+    write(parser.parse_args().out)
+
+
 def write(folder: Path) -> None:
-    """Export every variant into `folder`: one file each, the manifest last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    records = [write_kernel(folder, *export(*variant)) for variant in variants()]
+    """Export every variant into `folder`."""
     manifest = {"command": "python -m cuda_reference.export_ptx", "triton": triton.__version__}
-    write_manifest(folder / "manifest.json", manifest | {"sources_sha256": source_hash(), "kernels": records})
+    manifest |= {"sources_sha256": source_hash()}
+    write_all(folder / "manifest.json", (export(*variant) for variant in variants()), manifest)
 
 
 def main() -> None:
     """Command `python -m cuda_reference.export_ptx`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write (default: %(default)s)")
-    write(parser.parse_args().out)
+    run(write, __doc__)
 
 
 if __name__ == "__main__":

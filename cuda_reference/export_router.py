@@ -6,14 +6,13 @@ since Ampere into `flux_mlx/data/cuda`, with a manifest that `flux_mlx.cuda_cata
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from cuda_reference.export_decode import ARCHITECTURES, ELEMENTS, OPTIONS, compile_ptx, nvcc_version, scalars
-from cuda_reference.export_ptx import FOLDER, assemble, write_kernel, write_manifest
+from cuda_reference.export_ptx import assemble, run, write_all
 from flux_mlx.cuda_catalog import ROUTER_DTYPES, ROUTER_UNITS, Compiled
 
 CUDA = Path(__file__).parent / "cuda"
@@ -88,18 +87,15 @@ def variants() -> list[tuple[str, str, str]]:
 
 
 def write(folder: Path) -> None:
-    """Export every variant into `folder`: one file each, the manifest last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    records = [write_kernel(folder, *export(*variant)) for variant in variants()]
+    """Export every variant into `folder`."""
     manifest = {"command": "python -m cuda_reference.export_router", "nvcc": nvcc_version()}
-    write_manifest(folder / "manifest_router.json", manifest | {"sources_sha256": source_hash(), "kernels": records})
+    manifest |= {"sources_sha256": source_hash()}
+    write_all(folder / "manifest_router.json", (export(*variant) for variant in variants()), manifest)
 
 
 def main() -> None:
     """Command `python -m cuda_reference.export_router`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write (default: %(default)s)")
-    write(parser.parse_args().out)
+    run(write, __doc__)
 
 
 if __name__ == "__main__":

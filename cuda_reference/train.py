@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cuda_reference.calibration import calibrate_model
 from cuda_reference.checkpoints import flux_config, load_checkpoint, save_checkpoint, save_routers
-from cuda_reference.data import stream, training_rows
+from cuda_reference.data import calibration_rows, stream, training_rows
 from cuda_reference.packed_model import PackedModel
 from cuda_reference.recipe import Recipe, load_recipe
 from cuda_reference.training import Trainer, World
@@ -127,11 +127,9 @@ def train(args: argparse.Namespace, recipe: Recipe, world: World) -> Trainer:
     model = load_model(args.model, recipe, world.device, compiled=args.compile)
     found = load_checkpoint(args.out)
     if recipe.calibration_rows and not found:
-        start_rows = training_rows(
-            recipe.for_calibration(), tokenizer, world.rank, world.ranks, args.workers, args.text_cache
-        )
-        packs = stream(start_rows, range(last, last + recipe.calibration_rows), args.workers)
-        agreement = calibrate_model(model, packs, recipe)
+        numbers = range(last, last + recipe.calibration_rows)
+        start_packs = stream(calibration_rows(rows, recipe), numbers, args.workers)
+        agreement = calibrate_model(model, start_packs, recipe)
         if recipe.start and world.leads:
             tqdm.write(f"start: {agreement:.3f} of the decisions on other prompts follow the masks", file=sys.stderr)
     trainer = Trainer(model, recipe, world, args.spread, next(model.backbone.parameters()).dtype)
