@@ -12,6 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 import flux_mlx
 from flux_mlx.models import routed_layers
 from flux_mlx.spec import PatternConfig, Route
+from parity_tests.held_memory import settled_memory
 from parity_tests.numpy_llama import NumpyLlama
 from parity_tests.tiny_models import flux_model, prompt, stock_model
 from parity_tests.tolerances import NEAR_TIE, Reference
@@ -191,9 +192,7 @@ def test_memory_grows_with_the_prompt_not_with_the_chunks():
     held = []
     for step in (64, 4096):
         cache = model.make_cache()
-        mx.clear_cache()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
+        before = settled_memory()
         flux_mlx.prefill(model, tokens, cache, prefill_step_size=step)
         held.append(mx.get_active_memory() - before)
         if step == 64:

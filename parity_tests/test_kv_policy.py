@@ -21,6 +21,7 @@ from flux_mlx.server_log import RequestLog
 from flux_mlx.server_requests import PromptCache
 from flux_mlx.spec import PatternConfig, Route
 from flux_mlx.window_cache import ROOM_TOKENS, DroppedKeysError, WindowKVCache
+from parity_tests.held_memory import settled_memory
 from parity_tests.tiny_models import PATTERN, flux_model, prompt, stock_model
 
 TOKENS = 257
@@ -134,9 +135,7 @@ def held_bytes(policy: str, route, tokens: int, answer_tokens: int, **changes) -
     ids = mx.array(prompt(tokens))
     cache = model.make_cache()
     mx.eval(ids, [entry.state for entry in cache])
-    mx.clear_cache()
-    start = mx.get_active_memory()
-    mx.reset_peak_memory()
+    start = settled_memory()
     last = flux_mlx.prefill(model, ids, cache, prefill_step_size=256)
     mx.eval([entry.state for entry in cache])
     after, peak = mx.get_active_memory() - start, mx.get_peak_memory() - start

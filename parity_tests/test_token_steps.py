@@ -24,6 +24,7 @@ from flux_mlx.families import project, project_token
 from flux_mlx.models import routed_layers, set_kv_policy, set_route
 from flux_mlx.routed_block import RoutedBlock
 from flux_mlx.token_steps import TokenStep
+from parity_tests.held_memory import settled_memory
 from parity_tests.tiny_models import FAMILIES, flux_model, prompt, stock_model
 
 UNTRACED = {"cohere"}  # its blocks are parallel
@@ -352,14 +353,12 @@ def test_threads_that_come_and_go_leave_few_steps():
 def test_steps_hold_no_copy_of_a_weight_and_no_old_weight_for_long():
     model, tokens = flux_model("llama", route=(1,)), prompt(PROMPT_TOKENS + 3)
     mx.eval(model(mx.array(tokens)[None], cache=model.make_cache()))
-    gc.collect()
-    held = mx.get_active_memory()
+    held = settled_memory()
     thread = threading.Thread(target=decoded, args=(model, tokens))
     thread.start()
     thread.join()
     decoded(model, tokens)
-    gc.collect()
-    assert mx.get_active_memory() - held < model.layers[0].mlp.up_proj.weight.nbytes // 4
+    assert settled_memory() - held < model.layers[0].mlp.up_proj.weight.nbytes // 4
     old = weakref.ref(steps_of(model)[0]), weakref.ref(steps_of(model)[1])
     double_down(model)
     scale_all(model)
@@ -374,8 +373,7 @@ def test_a_token_copies_no_keys(route):
     for entry in cache:
         grow(entry.kv, shape, 20_000)
     one_by_one(model, prompt(3), cache)
-    mx.reset_peak_memory()
-    held = mx.get_active_memory()
+    held = settled_memory()
     one_by_one(model, prompt(3), cache)
     assert all(step.is_traced for step in steps_of(model))
     assert mx.get_peak_memory() - held < cache[0].kv.keys.nbytes // 2
