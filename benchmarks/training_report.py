@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,36 +25,36 @@ MIX = (*RETRIEVAL, "multi-hops", "aggregation", "icl", *TEXT)
 Results = dict[str, Any]
 
 
-def merge(parts: Iterable[Results], *, largest: bool = True) -> Results:
+def merge(parts: Iterable[Results], *, shared: bool = False) -> Results:
     """One result of many: cells and contenders of shards and of later runs together.
 
-    Where a contender was scored twice on a cell, the run with more samples stands; with `largest` False the one with
-    fewer, which is the one that all contenders share.
+    Where a contender was scored on a cell more than once, the run with most samples stands; with `shared` the one with
+    as many samples as most contenders have there, so that their means are over the same ones.
 
     Raises:
         ValueError: Two parts hold the same contender of the same cell, on as many samples, with different numbers.
     """
     whole: Results = {"cells": {}, "routes": {}, "forms": {}, "generation": {}}
+    met: dict[str, dict[str, dict[int, tuple[dict[str, Any], Any]]]] = {}
     for part in parts:
         whole["forms"] |= part.get("forms", {})
         for cell, found in part.get("generation", {}).items():
             whole["generation"].setdefault(cell, {}).update(found)
-        for cell, found in part.get("cells", {}).items():
-            mine, routes = whole["cells"].setdefault(cell, {}), part.get("routes", {}).get(cell, {})
-            for name in [name for name in found if _stands(cell, name, found[name], mine, largest)]:
-                mine[name] = found[name]
-                if name in routes:
-                    whole["routes"].setdefault(cell, {})[name] = routes[name]
+        for cell, by in part.get("cells", {}).items():
+            for name, found in by.items():
+                runs = met.setdefault(cell, {}).setdefault(name, {})
+                first, _ = runs.setdefault(found["samples"], (found, part.get("routes", {}).get(cell, {}).get(name)))
+                if found != first and name != "full":
+                    raise ValueError(f"[merge] {cell} holds {name} twice, with different numbers.")
+    for cell, by in met.items():
+        (common, _), *_ = Counter(size for runs in by.values() for size in runs).most_common(1)
+        whole["cells"][cell], whole["routes"][cell] = {}, {}
+        for name, runs in by.items():
+            found, routes = runs[common] if shared and common in runs else runs[max(runs)]
+            whole["cells"][cell][name] = found
+            if routes is not None:
+                whole["routes"][cell][name] = routes
     return whole
-
-
-def _stands(cell: str, name: str, found: dict[str, Any], mine: dict[str, Any], largest: bool) -> bool:
-    """Whether `found` goes in beside, or in place of, what a cell holds already."""
-    if name not in mine or found["samples"] != mine[name]["samples"]:
-        return name not in mine or (found["samples"] > mine[name]["samples"]) == largest
-    if found != mine[name] and name != "full":
-        raise ValueError(f"[merge] {cell} holds {name} twice, with different numbers.")
-    return False
 
 
 def pick(results: Results, contender: str, kinds: Sequence[str], value: str, split: str = "test") -> list[float]:
@@ -305,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the table and the plots")
     args = parser.parse_args(argv)
     parts = [json.loads(path.read_text(encoding="utf-8")) for path in args.results]
-    results, shared = merge(parts), merge(parts, largest=False)
+    results, shared = merge(parts), merge(parts, shared=True)
     text = report(results, shared, args.ships, args.seeds)
     (args.out / "training_table.md").write_text(text, encoding="utf-8")
     plot_omega(results, args.ships, args.out / "training_omega.png")

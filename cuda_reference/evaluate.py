@@ -45,6 +45,7 @@ class Evaluation:
         makers: Split to maker of samples.
         choice_samples: Samples of a cell that is judged by choice.
         other_samples: Of every other cell.
+        form_samples: By which the number of keys is chosen; equal ones choose alike, whatever the samples of the cell.
         workers: Processes that make samples.
         keep_scores: Keep routes and logit gaps of every sample in the results.
         with_base: Score the model with every layer full; without it contenders are compared with themselves.
@@ -54,6 +55,7 @@ class Evaluation:
     makers: Mapping[str, TaskMaker]
     choice_samples: int = 100
     other_samples: int = 100
+    form_samples: int = FORM_SAMPLES
     workers: int = 0
     keep_scores: bool = False
     with_base: bool = True
@@ -80,9 +82,8 @@ class Evaluation:
         tried: dict[str, float] = {}
         for form in KEY_FORMS:
             chosen = with_form(cell, form)
-            count = min(FORM_SAMPLES, self.choice_samples)
-            samples = samples_of(chosen, self.makers, count, self.workers, start=FORM_START)
-            tried[form] = sum(s.chosen == 0 for s in self.engine.score(samples)) / count
+            samples = samples_of(chosen, self.makers, self.form_samples, self.workers, start=FORM_START)
+            tried[form] = sum(s.chosen == 0 for s in self.engine.score(samples)) / len(samples)
             if tried[form] >= FORM_FLOOR:
                 break
         self.results["forms"][cell.name] = tried
@@ -164,6 +165,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--splits", nargs="*", default=list(SPLITS), choices=list(SPLITS), help="ood: unseen forms")
     parser.add_argument("--samples", type=int, default=100, help="samples of a cell that is judged by choice")
     parser.add_argument("--other-samples", type=int, default=None, help="samples of other cells (default: the same)")
+    parser.add_argument(
+        "--form-samples",
+        type=int,
+        help=f"samples that choose the number of keys (default: --samples, {FORM_SAMPLES} at most)",
+    )
     parser.add_argument("--generate", type=int, default=0, help="samples of a needle cell to generate answers for")
     parser.add_argument("--shard", default="0/1", help="cells of this process: 0/4 is the first of four")
     parser.add_argument("--row-tokens", type=int, default=65536, help="tokens of a packed row (torch)")
@@ -207,7 +213,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     corpora = make_corpora(writer, recipe.data.text_chars, args.workers, args.text_cache)
     makers = {split: TaskMaker(writer, corpora, split, recipe.seed) for split in SPLITS}
     others = args.samples if args.other_samples is None else args.other_samples
-    evaluation = Evaluation(engine, makers, args.samples, others, args.workers, args.keep_scores, not args.no_base)
+    forms = args.form_samples or min(FORM_SAMPLES, args.samples)
+    counts = {"choice_samples": args.samples, "other_samples": others, "form_samples": forms}
+    evaluation = Evaluation(
+        engine, makers, **counts, workers=args.workers, keep_scores=args.keep_scores, with_base=not args.no_base
+    )
     evaluate(args, evaluation, contenders)
 
 

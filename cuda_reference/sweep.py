@@ -10,6 +10,7 @@ others go on. Jobs whose file exists are done: the same command given again goes
     needs = ["single.json"]                     # files of other jobs
     command = ["-m", "cuda_reference.train", "--out", "seed0", "--set", "start.single={single.json:masks/9}"]
 
+With `shards = 4` an entry is four jobs: `{shard}` is 0 to 3 in `out`, 0/4 to 3/4 in the command.
 `{FILE.json:a/b}` in a command is the value at that place of a JSON file in the folder; `{model}`, `{text}` and
 `{workers}` are the command line's.
 """
@@ -72,7 +73,7 @@ def load_jobs(path: Path) -> list[Job]:
     """
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        jobs = [Job(**{k: tuple(v) if isinstance(v, list) else v for k, v in job.items()}) for job in raw["job"]]
+        jobs = [part for job in raw["job"] for part in _shards(**job)]
     except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"[sweep] {path} is no job list: {error}") from None
     written: set[str] = set()
@@ -84,6 +85,23 @@ def load_jobs(path: Path) -> list[Job]:
             )
         written.add(job.out)
     return jobs
+
+
+def _shards(
+    *, out: str, command: Sequence[str], shards: int = 1, needs: Sequence[str] = (), **limits: Any
+) -> list[Job]:
+    """The job of one entry of the list; with `shards`, that many, each with its number in place of {shard}."""
+    if not (isinstance(shards, int) and shards >= 1):
+        raise TypeError(f"shards must be a whole number of at least 1, got {shards!r}")
+    return [
+        Job(
+            out.replace("{shard}", str(n)),
+            tuple(word.replace("{shard}", f"{n}/{shards}") for word in command),
+            needs=tuple(needs),
+            **limits,
+        )
+        for n in range(shards)
+    ]
 
 
 def filled(argument: str, folder: Path, words: Mapping[str, str]) -> str:

@@ -81,7 +81,29 @@ def test_the_command_reads_a_list(tmp_path, capsys):
     assert "a: done" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["job = 3", "[[job]]\nout='a'\n", "x", "[[job]]\nout='a'\ncommand=[]\nneeds=['b']"])
+def test_shards_are_jobs_of_their_own(tmp_path):
+    (tmp_path / "jobs.toml").write_text(
+        '[[job]]\nout = "a_{shard}.json"\nshards = 2\nminutes = 3.0\ncommand = ["--shard", "{shard}"]\n'
+        '[[job]]\nout = "b.json"\nneeds = ["a_1.json"]\ncommand = []\n'
+    )
+    assert load_jobs(tmp_path / "jobs.toml") == [
+        Job("a_0.json", ("--shard", "0/2"), minutes=3.0),
+        Job("a_1.json", ("--shard", "1/2"), minutes=3.0),
+        Job("b.json", (), needs=("a_1.json",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "job = 3",
+        "[[job]]\nout='a'\n",
+        "x",
+        "[[job]]\nout='a'\ncommand=[]\nneeds=['b']",
+        "[[job]]\nout='a'\ncommand=[]\nshards=0",
+        "[[job]]\nout='a'\ncommand=[]\nshards=2",
+    ],
+)
 def test_bad_lists_are_refused(tmp_path, text):
     (tmp_path / "jobs.toml").write_text(text)
     with pytest.raises(ValueError, match=r"\[sweep\]"):

@@ -80,7 +80,12 @@ def test_shards_and_later_runs_are_put_together():
     seed0["samples"] += 1
     assert merge([whole, first])["cells"]["test/single/2048"]["seed0"]["nll"] == 9.0
     assert merge([first, whole])["cells"]["test/single/2048"]["seed0"]["nll"] == 9.0
-    assert merge([first, whole], largest=False)["cells"]["test/single/2048"]["seed0"]["nll"] != 9.0
+    assert merge([first, whole], shared=True)["cells"]["test/single/2048"]["seed0"]["nll"] != 9.0
+    fewer = copy.deepcopy(first)
+    fewer["cells"]["test/single/2048"]["seed0"]["samples"] = 1
+    for parts in ([fewer, whole], [whole, fewer]):
+        shared = merge(parts, shared=True)["cells"]["test/single/2048"]
+        assert {name: s["samples"] for name, s in shared.items()} == dict.fromkeys(shared, 10)
 
 
 def test_the_command_writes_table_and_plots(tmp_path):
