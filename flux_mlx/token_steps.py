@@ -34,6 +34,7 @@ _OF_ROUTING = frozenset({"evicts", "flux", "forced", "group", "pooled_dim", "sam
 """Attributes of routed blocks and attention modules that a trace does not depend on."""
 
 _MOST_THREADS = 8  # that keep steps of a block; more begin anew
+_COUNTED = threading.Lock()  # threads that trace at once are counted one by one
 
 
 class Tap:
@@ -170,9 +171,13 @@ class TokenSteps:
         step = self._steps.get(thread)
         if step is not None and step.is_of(block) and step.is_current():
             return step
-        if step is not None or len(self._steps) >= _MOST_THREADS:
+        if step is not None:
             self._steps.clear()  # those of other threads are as old, and hold old weights
-        step = self._steps[thread] = TokenStep(block, x)
+        step = TokenStep(block, x)
+        with _COUNTED:
+            if len(self._steps) >= _MOST_THREADS:
+                self._steps.clear()
+            self._steps[thread] = step
         return step
 
     def drop_old(self) -> None:

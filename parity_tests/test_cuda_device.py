@@ -10,8 +10,8 @@ import flux_mlx
 from flux_mlx import attention, cuda_kernels, cuda_router, doctor, kernel_policy, kernel_self_test
 from flux_mlx.router import LayerRouter
 from flux_mlx.spec import PatternConfig, Route, RouterConfig
-from parity_tests.test_token_steps import ON_DEVICES, by_steps_and_by_own_calls
 from parity_tests.tiny_models import flux_model, prompt
+from parity_tests.token_by_token import ON_DEVICES, by_steps_and_by_own_calls
 
 if not cuda_kernels.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)

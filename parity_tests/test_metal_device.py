@@ -11,7 +11,7 @@ from metal_kernels.catalog import KERNELS
 from parity_tests.host_shim.backend import metal_backend
 from parity_tests.properties import within_budget
 from parity_tests.test_metal_grid import COARSE, GRID, kernels_that_run
-from parity_tests.test_token_steps import ON_DEVICES, by_steps_and_by_own_calls
+from parity_tests.token_by_token import ON_DEVICES, by_steps_and_by_own_calls
 
 if not kernels.is_available():
     pytest.skip("no Metal device", allow_module_level=True)
