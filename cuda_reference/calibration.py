@@ -26,7 +26,7 @@ from cuda_reference.recipe import Recipe
 from cuda_reference.router import LayerRouter
 
 SILU_SECOND_MOMENT = 0.3557  # E[silu(x)^2] for x ~ N(0, 1)
-FIT_STEPS, FIT_LR, FIT_WEIGHT_DECAY = 600, 1e-3, 0.01
+FIT_STEPS, FIT_LR, FIT_WEIGHT_DECAY = 300, 1e-3, 0.01
 HELD_OUT = 16  # one sample in so many does not take part in the fit
 SMALLEST_SPREAD = 0.1  # of a layer's mean spread: dimensions that hardly vary are not blown up further
 

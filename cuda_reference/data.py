@@ -73,21 +73,29 @@ class MadeUpRows(Dataset):
         cut = rng.random(len(samples)) < self.recipe.data.truncated_share
         return [int(rng.integers(min(least, n), n + 1)) if is_cut else n for n, is_cut in zip(whole, cut, strict=True)]
 
-    def _plan(self, rng: np.random.Generator, room: int) -> Iterator[tuple[str, int]]:
-        """Tasks and lengths that fill a row: tasks by their shares, without long runs of one."""
+    def _plan(self, rng: np.random.Generator, room: int) -> list[tuple[str, int]]:
+        """Tasks and lengths that fill a row, in random order.
+
+        Systematic sampling: the samples stand at equal distances, from a random offset on, along the joined shares. So
+        the expected samples of a task are exactly its share of the row's, and the found ones less than one away.
+        """
         data = self.recipe.data
+        lengths = list(self._lengths(rng, room))
+        ends = np.cumsum(list(data.tasks.values()), dtype=float)
+        places = (np.arange(len(lengths)) + rng.random()) / max(1, len(lengths))
+        chosen = rng.permutation(np.searchsorted(ends[:-1] / ends[-1], places, side="right"))
         names = list(data.tasks)
-        shares = np.array([data.tasks[name] for name in names], float)
-        owed = rng.random(len(names)) * shares / shares.sum()
+        return [(names[task], tokens) for task, tokens in zip(chosen, lengths, strict=True)]
+
+    def _lengths(self, rng: np.random.Generator, room: int) -> Iterator[int]:
+        """Lengths of samples that fill a row."""
+        data = self.recipe.data
         low, high = math.log(data.shortest_tokens), math.log(data.longest_tokens)
         while room >= data.shortest_tokens:
-            owed += shares / shares.sum()
-            task = int(owed.argmax())
-            owed[task] -= 1.0
             tokens = min(int(math.exp(rng.uniform(low, high))), room)
             if room - tokens < data.shortest_tokens:
                 tokens = min(room, data.longest_tokens)
-            yield names[task], tokens
+            yield tokens
             room -= -(-tokens // TILE) * TILE
 
 

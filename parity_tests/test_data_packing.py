@@ -13,7 +13,7 @@ from cuda_reference.data_packing import TILE, pack, packed_tokens
 from cuda_reference.data_prompts import TASKS, Sample, Writer
 from cuda_reference.data_tasks import TaskMaker
 from cuda_reference.data_text import build_corpora, collect
-from cuda_reference.recipe import DataConfig, Recipe
+from cuda_reference.recipe import DataConfig, Recipe, load_recipe
 from flux_mlx.spec import RouterConfig, pool_queries
 from parity_tests.tiny_training import byte_tokenizer, write_corpus
 
@@ -125,6 +125,27 @@ def test_made_up_rows_are_filled_and_mix_tasks(maker, recipe):
     assert used / (8 * recipe.data.row_tokens) > 0.93
     counts = np.bincount(tasks, minlength=len(TASKS))
     assert counts.min() >= counts.sum() / len(TASKS) - 2
+
+
+@pytest.mark.parametrize("name", ["smollm2", "smollm2-unbalanced"])
+def test_tasks_are_drawn_by_the_shares_of_the_recipe(name):
+    """Systematic sampling: each row is within one sample of every share, all rows together within their noise."""
+    recipe, rows = load_recipe(name), 400
+    planner = MadeUpRows(None, recipe)
+    names, shares = list(recipe.data.tasks), np.array(list(recipe.data.tasks.values()))
+    shares = shares / shares.sum()
+    found, orders = np.zeros((rows, len(names))), set()
+    for row in range(rows):
+        plan = [task for task, _ in planner._plan(np.random.default_rng([1, row]), recipe.data.row_tokens)]
+        found[row] = [plan.count(task) for task in names]
+        orders.add(tuple(plan))
+    wanted = found.sum(1, keepdims=True) * shares
+    assert np.abs(found - wanted).max() < 1 + 1e-9
+    part = wanted % 1  # of one sample: what chance decides
+    noise = np.sqrt((part * (1 - part)).sum(0))
+    assert (np.abs((found - wanted).sum(0)) < 4 * noise + 1e-9).all()
+    assert found.sum(0).min() > 0
+    assert len(orders) > rows / 4
 
 
 def test_rows_are_a_function_of_their_number(maker, recipe):
