@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, Dataset
 from cuda_reference.data_prompts import RETRIEVAL, Sample
 from cuda_reference.data_tasks import TaskMaker
 
-SPLITS = ("test", "ood")
+SPLITS = ("valid", "test", "ood")
+"""Held-out samples: "valid" for what is chosen by results, "test" for what is reported, "ood" of unseen forms."""
 KEY_FORMS = ("keys", "keys4", "keys3", "keys2")
 """Forms of "multi" from the hardest on: ten facts of one form, four, three, two."""
 KINDS = {
@@ -33,7 +34,7 @@ class Cell:
     """Samples that are averaged together.
 
     Args:
-        split: "test" or "ood".
+        split: One of `SPLITS`.
         kind: Name of `KINDS`.
         tokens: Length of the samples.
         form: As `TaskMaker.sample` takes it.
@@ -66,13 +67,13 @@ class Cell:
 
 
 def default_cells(
-    lengths: Sequence[int], kinds: Sequence[str] = tuple(KINDS), splits: Sequence[str] = SPLITS
+    lengths: Sequence[int], kinds: Sequence[str] = tuple(KINDS), splits: Sequence[str] = ("test", "ood")
 ) -> list[Cell]:
     """Every kind at every length, and retrieval out of domain; the longest samples first."""
     found = []
     for tokens in sorted(lengths, reverse=True):
         for split in splits:
-            chosen = [kind for kind in kinds if split == "test" or kind in UNSEEN_KINDS]
+            chosen = [kind for kind in kinds if split != "ood" or kind in UNSEEN_KINDS]
             found += [Cell(split, kind, tokens, KINDS[kind][1]) for kind in chosen]
     return found
 

@@ -95,13 +95,20 @@ def router_contenders(text: str, config: FluxConfig, chunks: Sequence[int] = ())
         FileNotFoundError: No such file.
         ValueError: No safetensors file, or settings that are wrong.
     """
-    name, equals, rest = text.rpartition("=")
-    file, _, changes = (rest, "", "") if "@" not in rest or Path(rest).is_file() else rest.rpartition("@")
-    path = Path(file)
+    name, path, changes = _named_file(text)
     found, by_head = file_settings(path)
-    base = Contender(name if equals else "auto", "auto", _with_pattern(found or config, changes), path, by_head)
+    base = Contender(name, "auto", _with_pattern(found or config, changes), path, by_head)
     streaming = _with_pattern(base.config, "streaming")  # no chunk knows the prompt's end
     return [base, *(replace(base, name=f"{base.name}@{n}", config=streaming, chunk_tokens=n) for n in chunks)]
+
+
+def _named_file(text: str) -> tuple[str, Path, str]:
+    """(name, file, PATTERN) of "[NAME=]FILE[@PATTERN]", whose file may have = and @ in its path."""
+    name, equals, rest = text.partition("=")
+    if not equals or Path(text).is_file() or Path(text.rpartition("@")[0]).is_file():
+        name, rest = "auto", text
+    file, _, changes = (rest, "", "") if "@" not in rest or Path(rest).is_file() else rest.rpartition("@")
+    return name, Path(file), changes
 
 
 def file_settings(path: Path) -> tuple[FluxConfig | None, bool]:

@@ -128,7 +128,7 @@ def contenders_of(args: argparse.Namespace, layers: int) -> list[Contender]:
     """Those of the command line: routers first; the first of them chunked too. "auto" stands for them.
 
     Raises:
-        ValueError: The policy auto without routers, or what the contenders refuse.
+        ValueError: The policy auto without routers, two contenders of one name, or what the contenders refuse.
     """
     if "auto" in args.policies and not args.routers:
         raise ValueError("[evaluate] the policy auto needs --routers.")
@@ -136,7 +136,11 @@ def contenders_of(args: argparse.Namespace, layers: int) -> list[Contender]:
     found = []
     for i, text in enumerate(args.routers):
         found += router_contenders(text, config, args.chunks if i == 0 else ())
-    return found + [static_contender(text, layers, config) for text in args.policies if text not in ("full", "auto")]
+    found += [static_contender(text, layers, config) for text in args.policies if text not in ("full", "auto")]
+    names = ["full", *(contender.name for contender in found)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"[evaluate] expected contenders of different names (NAME=...), got {twice} more than once.")
+    return found
 
 
 def write_json(path: Path, data: object) -> None:
@@ -162,7 +166,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--lengths", nargs="*", type=int, default=[2048, 4096, 8192], help="sample lengths, tokens")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS), help="kinds of samples")
-    parser.add_argument("--splits", nargs="*", default=list(SPLITS), choices=list(SPLITS), help="ood: unseen forms")
+    parser.add_argument(
+        "--splits",
+        nargs="*",
+        default=["test", "ood"],
+        choices=list(SPLITS),
+        help="ood: unseen forms; valid: for choices",
+    )
     parser.add_argument("--samples", type=int, default=100, help="samples of a cell that is judged by choice")
     parser.add_argument("--other-samples", type=int, default=None, help="samples of other cells (default: the same)")
     parser.add_argument(
@@ -173,7 +183,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--generate", type=int, default=0, help="samples of a needle cell to generate answers for")
     parser.add_argument("--shard", default="0/1", help="cells of this process: 0/4 is the first of four")
     parser.add_argument("--row-tokens", type=int, default=65536, help="tokens of a packed row (torch)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no contender after this time")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="start no contender after this time; OUT.partial holds the others",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="torch; default: cuda where there is one")
     parser.add_argument("--compile", action="store_true", help="compile MLPs and norms (torch on CUDA)")
     parser.add_argument("--workers", type=int, default=0, help="processes that read text and make samples")
@@ -190,15 +205,21 @@ def evaluate(args: argparse.Namespace, evaluation: Evaluation, contenders: Seque
     cells = shard_of(default_cells(args.lengths, args.kinds, args.splits), args.shard)
     for cell in tqdm(cells, desc="samples and base", mininterval=1.0):
         evaluation.add_cell(cell, full)
+    left = list(contenders)
     for contender in tqdm(contenders, desc="contenders", mininterval=1.0):
         if time.monotonic() - start > args.seconds:
             break
         evaluation.add(contender)
+        left.remove(contender)
         write_json(partial, evaluation.results)
     for contender in [full, *contenders[:1]] if args.generate else []:
         evaluation.generate(contender, args.generate)
     settings = {name: str(value) for name, value in vars(args).items()}
     evaluation.results["settings"] = settings | {"cells": [asdict(cell) for cell in cells]}
+    if left:
+        evaluation.results["left_out"] = [contender.name for contender in left]
+        write_json(partial, evaluation.results)
+        raise SystemExit(f"[evaluate] the time was over before {evaluation.results['left_out']}: see {partial}.")
     write_json(args.out, evaluation.results)
     partial.unlink(missing_ok=True)
 

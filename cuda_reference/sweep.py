@@ -1,8 +1,9 @@
 """`python -m cuda_reference.sweep`: many training and evaluation jobs over the GPUs of one machine.
 
-A job is a command that writes one file. The jobs of a TOML list run in its order, each on one GPU, as soon as the files
-that it needs are there. A job that fails or runs too long is noted, and those that need its file are left out; all
-others go on. Jobs whose file exists are done: the same command given again goes on where an earlier one stopped.
+A job is a command that writes one file. The jobs of a TOML list run in its order, each on one GPU, as soon as the jobs
+whose files it needs are done. A job that fails or runs too long is noted in sweep.json, and those that need its file
+are left out; all others go on. Jobs whose file exists are done, unless sweep.json says that they ended otherwise: the
+same command given again goes on where an earlier one stopped.
 
     [[job]]
     out = "seed0/routers.safetensors"           # in the folder of the sweep
@@ -36,7 +37,7 @@ import torch
 
 from cuda_reference.evaluate import write_json
 
-STATE_NAME = "sweep.json"
+STATE_NAME, DONE = "sweep.json", "done"
 _VALUE = re.compile(r"\{([\w./-]+\.json):([\w./-]+)\}")
 POLL_S = 0.2
 
@@ -142,13 +143,17 @@ class Sweep:
         self.jobs, self.folder, self.words, self.report = list(jobs), folder, words, report
         self.slots = list(range(max(1, gpus)))
         self.has_gpus = gpus > 0
-        self.state: dict[str, dict[str, Any]] = {}
+        self.state: dict[str, dict[str, Any]] = _earlier_state(folder / STATE_NAME)
         self._running: dict[Job, tuple[subprocess.Popen, float, list[int]]] = {}
         self._start = time.monotonic()
 
     def run(self, seconds: float) -> dict[str, dict[str, Any]]:
         """Run what can be run; after `seconds` no job starts, and those under way are stopped. Returns the state."""
-        waiting = [job for job in self.jobs if not (self.folder / job.out).exists()]
+        waiting = [job for job in self.jobs if not self._is_done(job.out)]
+        self.state = {out: entry for out, entry in self.state.items() if self._is_done(out)}
+        for job in [job for job in waiting if job.gpus > len(self.slots)]:
+            self._end(job, f"left out: it needs {job.gpus} GPUs, there are {len(self.slots)}", 0.0, [])
+            waiting.remove(job)
         try:
             while waiting or self._running:
                 late = time.monotonic() - self._start > seconds
@@ -168,13 +173,19 @@ class Sweep:
         """Start what is ready, in order; returns what still waits. A job of many GPUs holds up those behind it."""
         left = list(waiting)
         for job in waiting:
-            if not all((self.folder / need).exists() for need in job.needs):
+            if not all(map(self._is_done, job.needs)):
                 continue
             if len(self.slots) < job.gpus:
                 break
             self._launch(job)
             left.remove(job)
         return left
+
+    def _is_done(self, out: str) -> bool:
+        """Whether a job's file is there, and neither half written nor what a failed job left."""
+        runs = any(job.out == out for job in self._running)
+        failed = self.state.get(out, {"outcome": DONE})["outcome"] != DONE
+        return (self.folder / out).exists() and not runs and not failed
 
     def _launch(self, job: Job) -> None:
         mine, self.slots = self.slots[: job.gpus], self.slots[job.gpus :]
@@ -208,7 +219,7 @@ class Sweep:
             elif process.returncode or not (self.folder / job.out).exists():
                 outcome = f"failed: exit status {process.returncode}"
             else:
-                outcome = "done"
+                outcome = DONE
             del self._running[job]
             self._end(job, outcome, taken, mine)
 
@@ -220,12 +231,17 @@ class Sweep:
 
     def _leave_out(self, waiting: list[Job]) -> None:
         for job in waiting:
-            missing = [need for need in job.needs if not (self.folder / need).exists()]
+            missing = [need for need in job.needs if not self._is_done(need)]
             self._end(job, f"left out: {missing} are missing", 0.0, [])
 
     def _stop_all(self) -> None:
         for process, _, _ in self._running.values():
             _kill(process)
+
+
+def _earlier_state(path: Path) -> dict[str, dict[str, Any]]:
+    """How the jobs of an earlier sweep ended."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _kill(process: subprocess.Popen) -> None:
@@ -255,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = {"model": str(args.model.resolve()), "text": str(args.text_cache.resolve())}
     gpus = torch.cuda.device_count() if args.gpus is None else args.gpus
     start = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the jobs are stopped too
 
     def report(line: str) -> None:
         print(f"[{time.monotonic() - start:6.1f}] {line}", flush=True)

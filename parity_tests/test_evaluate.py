@@ -14,7 +14,7 @@ from cuda_reference.cells import default_cells, shard_of
 from cuda_reference.checkpoints import save_routers
 from cuda_reference.contenders import policy_of, router_contenders, static_contender
 from cuda_reference.data_prompts import Sample
-from cuda_reference.evaluate import main
+from cuda_reference.evaluate import build_parser, contenders_of, main
 from cuda_reference.model import generate
 from cuda_reference.packed_model import ATTENTION_NAME, PackedModel
 from cuda_reference.recipe import load_recipe
@@ -38,7 +38,7 @@ def test_summary_pairs_the_samples():
     assert (found["samples"], found["nll"], found["nll_ratio"]) == (4, 2.5, 2.5 / 2)
     assert (found["accuracy"], found["accuracy_diff"], found["omega"]) == (0.5, -0.25, 0.5)
     assert (found["exact"], found["exact_base"]) == (0.5, 0.75)
-    assert found["accuracy_diff_low"] <= found["accuracy_diff_bound"] <= -0.25 <= found["accuracy_diff_high"] <= 0.0
+    assert found["accuracy_diff_low"] <= found["accuracy_diff_bound"] <= -0.25 <= found["accuracy_diff_high"] < 0.5
     assert found["nll_ratio_low"] < 1.25 < found["nll_ratio_high"]
 
 
@@ -49,7 +49,24 @@ def test_bounds_are_those_of_the_paired_difference():
     assert found["accuracy_diff"] == pytest.approx(-0.02)
     assert found["accuracy_diff_bound"] == pytest.approx(-0.02 - 1.645 * spread, abs=0.1 * spread + 0.0005)
     assert found["accuracy_diff_low"] == pytest.approx(-0.02 - 1.96 * spread, abs=0.1 * spread + 0.0005)
-    assert difference_bounds(np.zeros(50))["accuracy_diff_bound"] == 0.0
+    for n in (50, 1000):  # no pair differs: z^2 / (n + z^2)
+        alike = difference_bounds(np.zeros(n))
+        assert alike["accuracy_diff_bound"] == pytest.approx(-(1.645**2) / (n + 1.645**2), rel=1e-3)
+        assert alike["accuracy_diff_high"] == pytest.approx(1.96**2 / (n + 1.96**2), rel=1e-3)
+        assert alike["accuracy_diff_low"] == pytest.approx(-alike["accuracy_diff_high"])
+    turned = difference_bounds(-difference)
+    assert turned["accuracy_diff_high"] == pytest.approx(-found["accuracy_diff_low"])
+    all_lost = difference_bounds(-np.ones(10))
+    assert all_lost["accuracy_diff_low"] == pytest.approx(-1.0)
+    assert -1 < all_lost["accuracy_diff_high"] < -0.4
+
+
+def test_the_bound_is_below_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(3)
+    for lost, gained in ((0.02, 0.01), (0.05, 0.05), (0.004, 0.004)):
+        draws = rng.choice([-1.0, 0.0, 1.0], p=[lost, 1 - lost - gained, gained], size=(400, 1000))
+        right = np.mean([difference_bounds(draw)["accuracy_diff_bound"] <= gained - lost for draw in draws])
+        assert 0.92 <= right <= 0.98
 
 
 def test_summary_counts_pairs_and_depths():
@@ -109,6 +126,13 @@ def test_router_files_bring_their_settings(tmp_path):
     assert (chunked.name, chunked.chunk_tokens) == ("mine@512", 512)
     assert (plain.config.pattern.name, chunked.config.pattern.name) == ("triangle", "streaming")
     (wider,) = router_contenders(f"wider={path}@window_tokens:4096", CONFIG)
+    odd = tmp_path / "lr=1@2.safetensors"
+    odd.write_bytes(path.read_bytes())
+    for text, name in ((str(odd), "auto"), (f"{odd}@window_tokens:4096", "auto"), (f"mine={odd}", "mine")):
+        (found,) = router_contenders(text, CONFIG)
+        assert (found.name, found.routers) == (name, odd)
+    with pytest.raises(ValueError, match=r"different names .* got \['auto'\]"):
+        contenders_of(build_parser().parse_args(["--model", "", "--out", "x", "--routers", str(path), str(odd)]), 2)
     assert (wider.routers, wider.config.pattern) == (path, replace(plain.config.pattern, window_tokens=4096))
     for missing in (tmp_path / "y", tmp_path / "y@triangle"):
         with pytest.raises(FileNotFoundError, match=r"no such file: .*y$"):
@@ -231,7 +255,11 @@ def test_the_command_writes_every_cell(tmp_path, monkeypatch):
     save_routers(tmp_path / "r.safetensors", routers, load_recipe("smollm2"), torch.float32)
     arguments += ["--routers", f"mine={tmp_path / 'r.safetensors'}", "--chunks", "512", "--keep-scores"]
     settings = ["--set", "data.text_chars=200000", "pattern.window_tokens=256"]
-    main([*arguments, "--text-cache", str(tmp_path / "text.npz"), *settings])
+    whole = [*arguments, "--text-cache", str(tmp_path / "text.npz"), *settings]
+    with pytest.raises(SystemExit, match=r"before \['mine', 'mine@512', 'first:1'\]"):
+        main([*whole, "--seconds", "0"])
+    assert not out.exists()
+    main(whole)
     results = json.loads(out.read_text())
     cells = results["cells"]
     kinds = {"test/single/1700", "test/multi-keys/1700", "test/icl/1700", "ood/single/1700", "ood/multi-keys/1700"}

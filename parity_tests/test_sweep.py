@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -69,6 +73,45 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path):
     assert run(jobs, tmp_path, seconds=0.5)[0] == {"b.json": "stopped"}
     assert (tmp_path / "a.json").read_text() == "kept"
     assert run([*jobs[:1], writes("b.json")], tmp_path)[0] == {"b.json": "done"}
+
+
+def test_a_file_counts_when_its_job_is_done(tmp_path):
+    early = f"{WRITE}; import time; time.sleep(1); pathlib.Path(sys.argv[1]).write_text('whole')"
+    read = "import sys, pathlib; pathlib.Path('b.json').write_text(pathlib.Path('a.json').read_text())"
+    jobs = [Job("a.json", ("-c", early, "a.json", "half")), Job("b.json", ("-c", read), needs=("a.json",))]
+    assert run(jobs, tmp_path)[0] == {"a.json": "done", "b.json": "done"}
+    assert (tmp_path / "b.json").read_text() == "whole"
+
+
+def test_what_a_failed_job_left_does_not_count(tmp_path):
+    left = Job("a.json", ("-c", f"{WRITE}; raise SystemExit(3)", "a.json", "half"))
+    after = writes("b.json", needs=("a.json",))
+    assert run([left, after], tmp_path)[0] == {"a.json": "failed", "b.json": "left out"}
+    assert run([writes("a.json", "whole"), after], tmp_path)[0] == {"a.json": "done", "b.json": "done"}
+    assert run([left, after], tmp_path)[0] == {"a.json": "done", "b.json": "done"}
+    assert (tmp_path / "a.json").read_text() == "whole"
+
+
+def test_a_job_of_too_many_gpus_holds_up_nobody(tmp_path):
+    jobs = [writes("wide.json", gpus=3), writes("a.json")]
+    outcomes, lines = run(jobs, tmp_path)
+    assert outcomes == {"wide.json": "left out", "a.json": "done"}
+    assert any("needs 3 GPUs, there are 2" in line for line in lines)
+
+
+def test_a_sweep_that_is_told_to_end_ends_its_jobs(tmp_path):
+    slow = "import os, time, pathlib; pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(600)"
+    (tmp_path / "jobs.toml").write_text(f'[[job]]\nout = "a.json"\ncommand = ["-c", "{slow}"]\n')
+    command = [sys.executable, "-m", "cuda_reference.sweep", "--jobs", tmp_path / "jobs.toml", "--out", tmp_path]
+    sweep = subprocess.Popen([*command, "--model", tmp_path, "--text-cache", tmp_path / "t", "--gpus", "0"])
+    pid = tmp_path / "pid"
+    while not (pid.is_file() and pid.read_text()):
+        assert sweep.poll() is None
+        time.sleep(0.05)
+    sweep.terminate()
+    assert sweep.wait(timeout=60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 def test_the_command_reads_a_list(tmp_path, capsys):
