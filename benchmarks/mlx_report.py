@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.mlx_prediction import columns
+from flux_mlx.benchmark_compare import median_ratio
 
 FOLDER = Path(__file__).parent
 DECODE_BITS = (16, 4)
@@ -151,13 +152,21 @@ def attention_table() -> str:
 def exact_table() -> str:
     """Exact prefill over chunked prefill at equal routes."""
     lines: list[tuple[Any, ...]] = [
-        ("tokens", "time, all full", "time, spread", "peak over the allowed one, all full", "spread")
+        (
+            "tokens",
+            "time, all full",
+            "time, spread",
+            "peak over the allowed one, all full",
+            "spread",
+            "stock over chunked spread",
+        )
     ]
     for row in record("mlx_exact")["rows"]:
         ratios = (
             row[f"{what}_{kind}"] for what in ("exact_over_chunked", "peak_over_allowed") for kind in ("full", "spread")
         )
-        lines.append((length(row["tokens"]), *(f"{x:.2f}" for x in ratios)))
+        chunked = (row["runs"][f"chunked, {kind}"]["all_prefill_s"] for kind in ("full", "spread"))
+        lines.append((length(row["tokens"]), *(f"{x:.2f}" for x in (*ratios, median_ratio(*chunked)))))
     return columns(lines)
 
 
