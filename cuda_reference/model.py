@@ -8,7 +8,7 @@ without one is the stock model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,8 @@ from flux_mlx.spec import FluxConfig, PatternConfig, Route
 from flux_mlx.spec.config import RoutePolicy
 
 ATTENTION = "flux"  # name in transformers' registries
-UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # what some families add to the scores; sparse attention does not
+UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
+"""Keywords by which some families change the scores, or choose the keys themselves; ours do neither."""
 
 Mix = Callable[[int, torch.Tensor], torch.Tensor]
 """(layer, route logits float32 `[B, 2]`) to z `[B]`, the weight of the full branch."""
@@ -103,9 +104,9 @@ def attach(model: PreTrainedModel, config: FluxConfig) -> PreTrainedModel:
     """
     if hasattr(model, "flux"):
         raise ValueError("[attach] the model has routers already.")
-    layers = model.get_decoder().layers
-    config.check_layers(len(layers))
-    attentions = {i: layer.self_attn for i, layer in enumerate(layers) if _is_routable(layer, model.config, i)}
+    decoder = model.get_decoder()
+    config.check_layers(len(decoder.layers))
+    attentions = {i: x.self_attn for i, x in enumerate(decoder.layers) if _is_routable(x, decoder.config, i)}
     if not attentions:
         raise ValueError(
             f"[attach] {type(model).__name__}: expected layers with global attention and a q_proj, got none."
@@ -213,7 +214,8 @@ def flux_attention(
 
     if routing is None or not hasattr(module, "router"):
         return full(slice(None)), None
-    _check_call(routing, query, key, attention_mask, [n for n in UNSUPPORTED if kwargs.get(n) is not None], dropout)
+    check_scores("flux_attention", kwargs)
+    _check_call(routing, query, key, attention_mask, dropout)
     if routing.mix is not None or module.layer_idx not in routing.routes:  # training: also when recomputed
         routing.decide(module.layer_idx, module.router, queries)
 
@@ -224,17 +226,27 @@ def flux_attention(
     return _combine(routing, module.layer_idx, query.shape[2], key.shape[2], full, sparse), None
 
 
+def check_scores(who: str, kwargs: Mapping[str, Any]) -> None:
+    """Refuse an attention call, by its keywords, whose scores are not plain causal ones.
+
+    Raises:
+        ValueError: One of `UNSUPPORTED` is there and not None.
+    """
+    extra = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
+    if extra:
+        raise ValueError(f"[{who}] expected plain causal scores, got {extra}.")
+
+
 def _check_call(
     routing: Routing,
     query: torch.Tensor,
     key: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    extra: list[str],
     dropout: float,
 ) -> None:
     who, (q_tokens, kv_tokens) = "[flux_attention]", (query.shape[2], key.shape[2])
-    if extra or dropout:
-        raise ValueError(f"{who} expected plain causal scores, got {extra or f'dropout {dropout}'}.")
+    if dropout:
+        raise ValueError(f"{who} expected plain causal scores, got dropout {dropout}.")
     if query.shape[0] != len(routing.prompt_tokens):
         raise ValueError(f"{who} the routing is of {len(routing.prompt_tokens)} rows, the batch of {query.shape[0]}.")
     chunk = 1 < q_tokens < kv_tokens

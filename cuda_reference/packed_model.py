@@ -6,15 +6,18 @@ of a Flux model directory. A `Routing` travels with the call, as a keyword, to e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from cuda_reference.data_packing import Pack
-from cuda_reference.model import attach, routers
+from cuda_reference.model import attach, check_scores, routers
 from cuda_reference.objective import gumbel_route
 from cuda_reference.packed_attention import PackedAttention
-from flux_mlx.spec import FluxConfig
+from flux_mlx.spec import FluxConfig, PatternConfig
 from flux_mlx.spec.config import ROUTER_INFIX
 
 ATTENTION_NAME = "flux_packed"
@@ -39,6 +42,7 @@ class Routing:
     Attributes:
         logits: Layer to route logits `[groups, 2]` (by head `[HQ * groups, 2]`), filled in by the call.
         z: Layer to weights of full attention `[G, groups]`, filled in by the call.
+        seen: Layers whose attention ran, filled in by the call.
     """
 
     def __init__(
@@ -57,6 +61,8 @@ class Routing:
         self.hard, self.by_head, self.forced, self.pooled = hard, by_head, forced, pooled
         self.logits: dict[int, torch.Tensor] = {}
         self.z: dict[int, torch.Tensor] = {}
+        self.seen: set[int] = set()
+        self._windows: dict[int, PackedAttention] = {}
 
     def omega(self) -> torch.Tensor:
         """Share of sparse layers (or heads) that each sample ends with, `[N]` float32, with the routers' gradient."""
@@ -66,9 +72,17 @@ class Routing:
         """Weight of full attention that each sample ends with (by head: the mean over heads), `[layers, N]`."""
         return torch.stack([self.z[layer].mean(0) for layer in sorted(self.z)])[:, self.pack.final_group]
 
-    def all_full(self) -> torch.Tensor:
-        """The routes of a layer without a router, bool `[1, groups]`."""
-        return torch.ones(1, self.pack.groups, dtype=torch.bool, device=self.pack.tokens.device)
+    def plain(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window_tokens: int | None
+    ) -> torch.Tensor:
+        """Attention of a layer without a router: full, or a sliding window, which is streaming without a sink."""
+        full = torch.full((1, self.pack.groups), window_tokens is None, device=self.pack.tokens.device)
+        if window_tokens is None:
+            return self.attention(q, k, v, full, scale)
+        if window_tokens not in self._windows:
+            pattern = PatternConfig(block_size=1, sink_tokens=0, window_tokens=window_tokens)
+            self._windows[window_tokens] = PackedAttention(self.pack, pattern)
+        return self._windows[window_tokens](q, k, v, full, scale)
 
     def full_layers(self) -> torch.Tensor:
         """Routes, bool `[layers, G, groups]`: True is full."""
@@ -77,17 +91,23 @@ class Routing:
 
 def _pool(queries: torch.Tensor, pack: Pack, by_head: bool) -> torch.Tensor:
     """Pooled queries of each group, float32 `[groups, D]`, by head `[HQ * groups, D]`; `queries` is `[1, T, HQ, D]`."""
-    x = queries[0].float()
-    x = x.transpose(0, 1) if by_head else x.mean(1)[None]  # [G, T, D]
-    pooled = (x[:, pack.pool_rows] * pack.pool_weights[..., None]).sum(2)
-    return pooled.flatten(0, 1)
+    x = queries[0, pack.pool_rows].float()  # [groups, 2 P, HQ, D]
+    x = x.movedim(2, 0) if by_head else x.mean(2)[None]  # [G, groups, 2 P, D]
+    return (x * pack.pool_weights[..., None]).sum(2).flatten(0, 1)
 
 
-def _routed_attention(module, query, key, value, attention_mask, scaling, flux: Routing, **kwargs):
-    """transformers' attention interface: `[1, H, T, D]` in, `[1, T, HQ, D]` out. Layers without a router are full."""
+def _routed_attention(
+    module, query, key, value, attention_mask, scaling, flux: Routing | None = None, sliding_window=None, **kwargs
+):
+    """transformers' attention interface: `[1, H, T, D]` in, `[1, T, HQ, D]` out.
+
+    Layers without a router are full, or have the sliding window that the family names. Dropout is left out.
+    """
     layer, queries = module.layer_idx, module.__dict__.pop("flux_queries", None)
+    _check_call(module, flux, attention_mask, sliding_window, kwargs)
+    flux.seen.add(layer)
     if not hasattr(module, "router"):
-        return flux.attention(query, key, value, flux.all_full(), scaling).transpose(1, 2).contiguous(), None
+        return flux.plain(query, key, value, scaling, sliding_window).transpose(1, 2).contiguous(), None
     if flux.pooled is not None:
         flux.pooled[layer] = _pool(queries, flux.pack, flux.by_head)
     if flux.forced is not None:
@@ -103,6 +123,41 @@ def _routed_attention(module, query, key, value, attention_mask, scaling, flux: 
     return out.transpose(1, 2).contiguous(), None
 
 
+def _check_call(
+    module: nn.Module,
+    flux: Routing | None,
+    mask: object,
+    window_tokens: int | None,
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Refuse a call that packed attention would silently compute in another way than the family does."""
+    name = type(module).__name__
+    if flux is None:
+        raise ValueError(
+            f"[PackedModel] expected a pack's routing in every attention call, got none in {name}: its layers do not "
+            "hand keywords on, or the backbone was called by itself."
+        )
+    if mask is not None:
+        raise ValueError(f"[PackedModel] expected masks of transformers' own making, got one that {name}'s model made.")
+    check_scores("PackedModel", kwargs)
+    kinds = getattr(module.config, "layer_types", None)
+    expected = "full_attention" if window_tokens is None else "sliding_attention"
+    if kinds and kinds[module.layer_idx] != expected:
+        raise ValueError(
+            f"[PackedModel] layer {module.layer_idx}: expected {expected}, since {name} calls attention with the "
+            f"sliding window {window_tokens}, got layer type {kinds[module.layer_idx]!r}."
+        )
+
+
+def _check_rope(config: PreTrainedConfig) -> None:
+    """Refuse RoPE whose frequencies depend on the longest sample of a call: in a row it would be that of the others."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    each = [p["rope_type"] for p in (parameters, *parameters.values()) if isinstance(p, dict) and "rope_type" in p]
+    by_length = sorted({kind for kind in each if "dynamic" in kind or kind == "longrope"})
+    if by_length:
+        raise ValueError(f"[PackedModel] expected RoPE that does not depend on a call's length, got {by_length}.")
+
+
 AttentionInterface.register(ATTENTION_NAME, _routed_attention)
 
 
@@ -115,11 +170,12 @@ class PackedModel(nn.Module):
         by_head: One decision for each head instead of one for each layer (a baseline).
 
     Raises:
-        ValueError: The backbone cannot be routed.
+        ValueError: The backbone cannot be routed, or its RoPE depends on the length of a call ("dynamic", "longrope").
     """
 
     def __init__(self, backbone: PreTrainedModel, config: FluxConfig, by_head: bool = False):
         super().__init__()
+        _check_rope(backbone.get_decoder().config)
         backbone.requires_grad_(False)
         self.backbone, self.config, self.by_head = attach(backbone, config), config, by_head
         backbone.set_attn_implementation(ATTENTION_NAME)
@@ -143,9 +199,19 @@ class PackedModel(nn.Module):
 
         Returns:
             (logits `[M, vocab]` of the pack's loss rows, the routing with z and route logits filled in).
+
+        Raises:
+            ValueError: The family computes its attention in a way that the packed form does not have.
         """
         flux = Routing(pack, PackedAttention(pack, self.config.pattern), by_head=self.by_head, **routing)
-        hidden = self.backbone.model(
-            input_ids=pack.tokens[None], position_ids=pack.positions[None], use_cache=False, flux=flux
-        ).last_hidden_state
-        return self.backbone.lm_head(hidden[0, pack.loss_rows]), flux
+        logits = self.backbone(
+            input_ids=pack.tokens[None],
+            position_ids=pack.positions[None],
+            use_cache=False,
+            logits_to_keep=pack.loss_rows,
+            flux=flux,
+        ).logits.squeeze(0)  # not [0], whose gradient is a copy
+        missing = sorted(set(range(len(self.backbone.get_decoder().layers))) - flux.seen)
+        if missing:
+            raise ValueError(f"[PackedModel] expected attention of the registry in every layer, got none in {missing}.")
+        return logits, flux

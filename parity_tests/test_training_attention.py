@@ -76,9 +76,10 @@ def test_the_shortcut_has_the_gradients_of_the_mixture(groups):
 
 
 WIDER = PatternConfig(block_size=64, sink_tokens=128, window_tokens=200)
+LOCAL = PatternConfig(block_size=1, sink_tokens=0, window_tokens=200)  # a sliding window of the family's own
 
 
-@pytest.mark.parametrize("pattern", [PATTERN, WIDER, replace(PATTERN, name="triangle", last_tokens=100)])
+@pytest.mark.parametrize("pattern", [PATTERN, WIDER, LOCAL, replace(PATTERN, name="triangle", last_tokens=100)])
 def test_tile_tables_bound_the_mask(pattern):
     samples = made([400, 150, 700], candidates=4)
     packed = pack(samples, TASKS, 10, 14 * TILE, candidates=True)

@@ -44,11 +44,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Model type to what its config adds: plain, biased, normed by head, normed over heads, normed after a transpose."""
 
 
-def stock_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A tiny stock model in eval mode, float32, on SDPA."""
+def stock_model(family: str = "llama", seed: int = 0, impl: str = "sdpa", **changes: Any) -> PreTrainedModel:
+    """A tiny stock model in eval mode, float32."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES.get(family, {}), **changes})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=impl)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
