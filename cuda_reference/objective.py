@@ -8,12 +8,14 @@ where t is the task's target and the lambdas follow gradient ascent, kept >= 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+
+ROWS_PER_STEP = 1024  # rows whose float32 probabilities exist at one time, forward and backward
 
 
 def logistic_noise(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
@@ -84,7 +86,9 @@ def task_means(values: torch.Tensor, task: torch.Tensor, tasks: int) -> tuple[to
     return overall, torch.where(present, sums / counts.clamp(min=1), torch.nan).detach()
 
 
-def sample_nll(logits: torch.Tensor, targets: torch.Tensor, sample: torch.Tensor, samples: int) -> torch.Tensor:
+def sample_nll(
+    logits: torch.Tensor, targets: torch.Tensor, sample: torch.Tensor, samples: int, rows: int = ROWS_PER_STEP
+) -> torch.Tensor:
     """Mean negative log-likelihood of each sample's answer tokens, natural log.
 
     Args:
@@ -92,15 +96,16 @@ def sample_nll(logits: torch.Tensor, targets: torch.Tensor, sample: torch.Tensor
         targets: `[M]` int64.
         sample: `[M]` int64, which sample a row belongs to.
         samples: Number of samples; each has at least one row.
+        rows: Rows whose float32 probabilities exist at one time.
 
     Returns:
         `[samples]` float32.
     """
-    return _sample_means(functional.cross_entropy(logits.float(), targets, reduction="none"), sample, samples)
+    return _sample_means(_by_rows(_nll, rows, logits, targets), sample, samples)
 
 
 def sample_divergence(
-    logits: torch.Tensor, teacher: torch.Tensor, sample: torch.Tensor, samples: int, rows: int = 4096
+    logits: torch.Tensor, teacher: torch.Tensor, sample: torch.Tensor, samples: int, rows: int = ROWS_PER_STEP
 ) -> torch.Tensor:
     """Mean KL(teacher || model) over each sample's answer tokens: what routing changes, whatever the answer was.
 
@@ -110,17 +115,23 @@ def sample_divergence(
     Args:
         logits: `[M, vocab]`, any float dtype; the softmax is float32.
         teacher: `[M, vocab]`, of the model with every layer full.
-        sample, samples: As `sample_nll`.
-        rows: Rows whose float32 probabilities exist at one time.
+        sample, samples, rows: As `sample_nll`.
 
     Returns:
         `[samples]` float32.
     """
-    parts = [
-        checkpoint(_divergence, ours, theirs, use_reentrant=False)
-        for ours, theirs in zip(logits.split(rows), teacher.split(rows), strict=True)
-    ]
-    return _sample_means(torch.cat(parts), sample, samples)
+    return _sample_means(_by_rows(_divergence, rows, logits, teacher), sample, samples)
+
+
+def _by_rows(loss: Callable[..., torch.Tensor], rows: int, *tensors: torch.Tensor) -> torch.Tensor:
+    """`loss` of each row of `tensors`, `[M]`: `rows` of them at a time, and computed anew for the gradient."""
+    parts = zip(*(x.split(rows) for x in tensors), strict=True)
+    return torch.cat([checkpoint(loss, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+
+
+def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of each row's target."""
+    return functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def _divergence(logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

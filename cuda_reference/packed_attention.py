@@ -21,6 +21,7 @@ from cuda_reference.xattention import select_blocks
 from flux_mlx.spec import PatternConfig
 
 ROWS_PER_STEP = 256  # queries whose scores exist at one time without FlexAttention
+ELEMENTS_PER_STEP = 2**25  # of float32 products that exist at one time in the gradient of a route
 
 Tables = tuple[torch.Tensor, ...]
 
@@ -213,11 +214,17 @@ class _RouteGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         difference, z, group = ctx.saved_tensors
-        by_row = (grad.float() * difference.float()).sum((0, 3))  # [HQ, T]
+        by_row = _row_products(grad[0], difference[0])
         by_row = by_row if z.shape[0] > 1 else by_row.sum(0, keepdim=True)
         sign = 2.0 * (z > 0.5).float() - 1.0
         by_group = torch.zeros_like(sign).index_add(1, group, by_row) * sign
         return grad, None, by_group.to(z.dtype), None
+
+
+def _row_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Products of the last axis, `[H, T, D]` twice to float32 `[H, T]`: some heads at a time, not to copy them all."""
+    heads = max(1, ELEMENTS_PER_STEP // a[0].numel())
+    return torch.cat([(x.float() * y.float()).sum(-1) for x, y in zip(a.split(heads), b.split(heads), strict=True)])
 
 
 def _ordered(kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
