@@ -11,7 +11,8 @@ samples (`search`), with a confidence that leaves training something to explore.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 
 import torch
 from torch import distributed as dist
@@ -27,31 +28,63 @@ from cuda_reference.router import LayerRouter
 
 SILU_SECOND_MOMENT = 0.3557  # E[silu(x)^2] for x ~ N(0, 1)
 FIT_STEPS, FIT_LR, FIT_WEIGHT_DECAY = 300, 1e-3, 0.01
+Pooled = tuple[dict[int, torch.Tensor], torch.Tensor]
+"""Layer to pooled queries float32 `[n, D]`, by head `[HQ n, D]`; and the samples' tasks, int64 `[n]`."""
+
 HELD_OUT = 16  # one sample in so many does not take part in the fit
 SMALLEST_SPREAD = 0.1  # of a layer's mean spread: dimensions that hardly vary are not blown up further
 
 
-@torch.no_grad()
-def pooled_queries(
-    model: PackedModel, packs: Iterator[Pack], rows: int
-) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-    """Pooled queries of the samples in `rows` packs with every layer full.
+def check_start(model: PackedModel, recipe: Recipe) -> None:
+    """Refuse a recipe whose start is of another model.
 
-    Returns:
-        (layer to float32 `[n, D]`, by head `[HQ n, D]`; the samples' tasks, int64 `[n]`).
+    Raises:
+        ValueError: The model has another number of layers, or no router in a layer that the start names.
     """
-    found: dict[int, list[torch.Tensor]] = {layer: [] for layer in model.routed_layers}
-    tasks = []
-    device = next(model.parameters()).device
-    for _ in range(rows):
-        pack = next(packs).to(device)
-        _, routing = model(
-            pack, forced=torch.ones(max(found) + 1, pack.samples, dtype=torch.bool, device=device), pooled={}
+    if not recipe.start:
+        return
+    advice = "search for masks of this model, or train without a start: --set start={}"
+    layers = len(model.backbone.get_decoder().layers)
+    if layers != recipe.start_layers:
+        raise ValueError(
+            f"[check_start] expected a model of {recipe.start_layers} layers, as the recipe's start is, got one of "
+            f"{layers}; {advice}."
         )
-        for layer, pooled in routing.pooled.items():
-            found[layer].append(pooled)
-        tasks.append(pack.task)
-    return {layer: torch.cat(parts) for layer, parts in found.items()}, torch.cat(tasks)
+    for task, full in recipe.start.items():
+        wrong = sorted(set(full) - set(model.routed_layers))
+        if wrong:
+            raise ValueError(
+                f"[check_start] expected routed layers, got {wrong} in the start of task {task!r}; {advice}."
+            )
+
+
+@torch.no_grad()
+def pooled_queries(model: PackedModel, pack: Pack) -> Pooled:
+    """Pooled queries of the samples of a pack on the model's device, with every layer full."""
+    layers = max(model.routed_layers) + 1
+    forced = torch.ones(layers, pack.samples, dtype=torch.bool, device=pack.tokens.device)
+    _, routing = model(pack, forced=forced, pooled={})
+    return routing.pooled, pack.task
+
+
+def joined(rows: Sequence[Pooled]) -> Pooled:
+    """The samples of all `rows`, one after another."""
+    pooled = {layer: torch.cat([pooled[layer] for pooled, _ in rows]) for layer in rows[0][0]}
+    return pooled, torch.cat([task for _, task in rows])
+
+
+def _of_all(rows: list[Pooled]) -> list[Pooled]:
+    """The rows of all processes on the first one, none on the others; row i of process k is row i * processes + k."""
+    if not dist.is_initialized():
+        return rows
+    parts: list[list[Pooled]] | None = [[] for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
+    dist.gather_object([_moved(row, "cpu") for row in rows], parts)
+    return [row for turn in zip_longest(*(parts or [])) for row in turn if row is not None]
+
+
+def _moved(row: Pooled, device: torch.device | str) -> Pooled:
+    """A row on another device."""
+    return {layer: pooled.to(device) for layer, pooled in row[0].items()}, row[1].to(device)
 
 
 @torch.no_grad()
@@ -120,16 +153,32 @@ def _gap(router: LayerRouter, pooled: torch.Tensor) -> torch.Tensor:
     return router(pooled).diff(dim=1).squeeze(1)
 
 
-def calibrate_model(model: PackedModel, packs: Iterator[Pack], recipe: Recipe) -> float:
+def calibrate_model(model: PackedModel, packs: Iterable[Pack], recipe: Recipe) -> float:
     """`calibrate` every router on the recipe's rows, then fit its start, if it has one, on all but a sixteenth.
 
-    With several processes the first one's routers go to all.
+    With several processes each reads its rows, the first one fits to all of them, and its routers go to all.
+
+    Args:
+        model: With fresh routers.
+        packs: This process's rows: all are read, so that their loader ends.
+        recipe: Of the start.
 
     Returns:
-        Share of the decisions that follow the masks on the samples that the fit did not see; nan without a start.
+        Share of the decisions that follow the masks on the samples that the fit did not see; nan without a start, and
+        on processes other than the first.
     """
-    pooled, task = pooled_queries(model, packs, recipe.calibration_rows)
-    found = routers(model.backbone)
+    device = next(model.parameters()).device
+    rows = _of_all([pooled_queries(model, pack.to(device)) for pack in packs])
+    share = _fit(model, _moved(joined(rows), device), recipe) if rows else float("nan")
+    if dist.is_initialized():
+        for parameter in model.routers().values():
+            dist.broadcast(parameter.data, src=0)
+    return share
+
+
+def _fit(model: PackedModel, rows: Pooled, recipe: Recipe) -> float:
+    """`calibrate_model` on the rows of all processes."""
+    (pooled, task), found = rows, routers(model.backbone)
     for layer, router in found.items():
         calibrate(router, pooled[layer])
     share = float("nan")
@@ -139,7 +188,4 @@ def calibrate_model(model: PackedModel, packs: Iterator[Pack], recipe: Recipe) -
         kept = len(task) - max(1, len(task) // HELD_OUT)
         fit_masks(found, {k: x[:kept] for k, x in pooled.items()}, task[:kept], masks, recipe.start_confidence)
         share = agreement(found, {k: x[kept:] for k, x in pooled.items()}, task[kept:], masks)
-    if dist.is_initialized():
-        for parameter in model.routers().values():
-            dist.broadcast(parameter.data, src=0)
     return share

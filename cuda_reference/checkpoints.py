@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from cuda_reference.data_text import digest
 from cuda_reference.recipe import Recipe
 from flux_mlx.spec import FluxConfig
-from flux_mlx.spec.config import SETTINGS_KEY
+from flux_mlx.spec.config import ROUTER_INFIX, SETTINGS_KEY
 
 _STEP = re.compile(r"step_(\d+)\.pt")
+FIRST_VALUES = 64  # of each weight, which the fingerprint of a model reads
 KEPT = 2  # checkpoints that stay; the older of them serves if the newer cannot be read
 
 
@@ -61,6 +64,17 @@ def load_checkpoint(folder: Path) -> tuple[int, dict[str, Any]] | None:
     if reasons:
         raise ValueError(f"[checkpoints] no checkpoint in {folder} can be read: {reasons}")
     return None
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """A short hash that tells backbones apart: of names and shapes of the frozen weights and the first values of each.
+
+    Rounded to bfloat16, so that it is the same on a CPU and on CUDA.
+    """
+    frozen = [(name, p) for name, p in model.named_parameters() if ROUTER_INFIX not in name]
+    shapes = json.dumps([(name, list(p.shape)) for name, p in frozen])
+    values = torch.cat([p.detach().flatten()[:FIRST_VALUES].to(torch.bfloat16) for _, p in frozen])
+    return digest(shapes.encode(), values.cpu().view(torch.int16).numpy())
 
 
 def flux_config(recipe: Recipe) -> FluxConfig:

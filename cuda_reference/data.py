@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from cuda_reference.data_packing import TILE, Pack, pack, packed_tokens
 from cuda_reference.data_prompts import Sample, Writer
 from cuda_reference.data_tasks import TaskMaker
-from cuda_reference.data_text import Corpus, build_corpora, collect, load_corpora, save_corpora
+from cuda_reference.data_text import Corpus, build_corpora, collect, digest, load_corpora, save_corpora
 from cuda_reference.recipe import Recipe
 
 Corpora = dict[tuple[str, str], Corpus]
@@ -31,13 +32,17 @@ def make_corpora(writer: Writer, text_chars: int, workers: int = 0, cache: Path 
         text_chars: Characters of each kind.
         workers: Processes that read.
         cache: File of an earlier call with the same arguments: read if it exists, else written.
+
+    Raises:
+        ValueError: `cache` is of another tokenizer or size, or no such file.
     """
+    settings = {"text_chars": text_chars, **writer.settings()}
     if cache is not None and cache.is_file():
-        return load_corpora(cache)
+        return load_corpora(cache, settings)
     documents = collect(max_chars=text_chars, workers=workers)
     corpora = build_corpora(documents, writer.encode_batch, writer.newline_ids())
     if cache is not None:
-        save_corpora(cache, corpora)
+        save_corpora(cache, corpora, settings)
     return corpora
 
 
@@ -63,6 +68,10 @@ class MadeUpRows(Dataset):
         ]
         pool_tokens = recipe.router.pool_tokens
         return pack(samples, recipe.tasks, pool_tokens, data.row_tokens, read_tokens=self._read(rng, samples))
+
+    def fingerprint(self) -> str:
+        """A short hash of the text that the samples are made of."""
+        return digest(self.maker.code.tokens, self.maker.prose.tokens)
 
     def _read(self, rng: np.random.Generator, samples: Sequence[Sample]) -> list[int] | None:
         """Tokens that the routers read of each prompt: a random first part of some, of at least two pools."""
@@ -130,6 +139,11 @@ class FileRows(Dataset):
             passed += len(rows)
         raise IndexError(row)
 
+    def fingerprint(self) -> str:
+        """A short hash of the samples."""
+        notes = json.dumps([(s.task, s.prompt_tokens, len(s.tokens)) for s in self.samples])
+        return digest(notes.encode(), *(s.tokens for s in self.samples))
+
     def _rows(self, epoch: int) -> list[list[int]]:
         """The samples of each row of one pass: next fit in shuffled order."""
         rows: list[list[int]] = [[]]
@@ -144,19 +158,26 @@ class FileRows(Dataset):
         return rows
 
 
+Rows = MadeUpRows | FileRows
+
+
 def read_jsonl(path: str | Path, writer: Writer, tasks: Sequence[str]) -> list[Sample]:
-    """A user's samples: lines {"prompt": .., "answer": .., "task": ..}, encoded as they stand.
+    """A user's samples: lines {"prompt": .., "answer": .., "task": ..}; empty lines are left out.
+
+    Prompts are encoded as they stand, after the tokenizer's first token where made-up plain prompts have it.
 
     Raises:
         FileNotFoundError: No such file.
         ValueError: A line that is not such an object; the message names its number.
     """
     samples = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
             try:
-                samples.append(_sample(json.loads(line), writer, tasks))
-            except (json.JSONDecodeError, ValueError) as error:
+                samples.append(_sample(json.loads(line.decode("utf-8")), writer, tasks))
+            except ValueError as error:  # also of bytes that are no text, and of text that is no JSON
                 raise ValueError(f"[read_jsonl] {path} line {number}: {error}") from None
     return samples
 
@@ -167,7 +188,10 @@ def _sample(line: object, writer: Writer, tasks: Sequence[str]) -> Sample:
         raise ValueError(f"expected an object with the strings {list(names)}, got {str(line)[:80]}")
     if line["task"] not in tasks:
         raise ValueError(f"expected a task among {list(tasks)}, got {line['task']!r}")
-    prompt, answer = writer.encode(line["prompt"]), writer.encode(line["answer"])
+    prompt, answer = (
+        writer.encode_prompt(line["prompt"]),
+        np.asarray(writer.encode_batch([line["answer"]])[0], np.int32),
+    )
     return Sample(np.concatenate([prompt, answer]), len(prompt), line["task"])
 
 
@@ -178,20 +202,31 @@ def training_rows(
     ranks: int = 1,
     workers: int = 0,
     text_cache: Path | None = None,
-) -> Dataset:
+) -> Rows:
     """The training rows of a recipe: its JSONL file if it names one, else made-up tasks on this machine's text."""
     writer = Writer(tokenizer)
     if recipe.data.jsonl:
-        return FileRows(read_jsonl(recipe.data.jsonl, writer, recipe.tasks), recipe, rank, ranks)
+        samples = read_jsonl(recipe.data.jsonl, writer, recipe.tasks)
+        absent = [task for task in recipe.tasks if task not in {sample.task for sample in samples}]
+        if absent and rank == 0:
+            warnings.warn(f"[training_rows] {recipe.data.jsonl} has no sample of {absent}.", stacklevel=2)
+        return FileRows(samples, recipe, rank, ranks)
     corpora = make_corpora(writer, recipe.data.text_chars, workers, text_cache)
     return MadeUpRows(TaskMaker(writer, corpora, "train", recipe.seed), recipe, rank, ranks)
 
 
-def calibration_rows(rows: Dataset, recipe: Recipe) -> Dataset:
-    """Rows for the routers' start: of the text of `rows`, in lengths of their own; a user's own rows as they are."""
-    if not isinstance(rows, MadeUpRows):
-        return rows
-    return MadeUpRows(rows.maker, recipe.for_calibration(), rows.rank, rows.ranks)
+def calibration_rows(rows: Rows, recipe: Recipe) -> tuple[Rows, range]:
+    """Rows for the routers' start, and the numbers of those that this process reads: row i of rank k is i * ranks + k.
+
+    Made-up ones come after those of training, of the same text, in lengths of their own. Of a user's own samples it is
+    one pass at most: what the fit did not see must not be in another row.
+    """
+    first, count = recipe.optimiser.steps * recipe.data.micro_steps, recipe.calibration_rows
+    if isinstance(rows, FileRows):
+        first, count = 0, min(count, len(rows._rows(0)))
+    else:
+        rows = MadeUpRows(rows.maker, recipe.for_calibration(), rows.rank, rows.ranks)
+    return rows, range(first, first + len(range(rows.rank, count, rows.ranks)))
 
 
 def stream(rows: Dataset, numbers: Iterable[int], workers: int = 0, *, pin: bool = False) -> Iterator[Pack]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 TASKS = ("single", "multi", "aggregation", "code", "icl", "document")
 RETRIEVAL = ("single", "multi")
+PROBE = "def f(x):\n    return x + 1234  # na\u00efve caf\u00e9, \u6771\u4eac\n\nSome words, that go on."
 _CONTENT = "\x02content\x02"
 
 
@@ -77,6 +79,15 @@ class Writer:
         if text not in self._encoded:
             self._encoded[text] = np.asarray(self.encode_batch([text])[0], np.int32)
         return self._encoded[text]
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """Token ids of a whole plain prompt, int32: after the tokenizer's first token, unless `text` begins with it."""
+        ids = self.encode_batch([text])[0]
+        return np.asarray(ids if ids[:1] == self._bos else self._bos + ids, np.int32)
+
+    def settings(self) -> dict[str, Any]:
+        """What tells this tokenizer from others: its size and the ids of a fixed text."""
+        return {"vocabulary": len(self.tokenizer), "probe": self.encode_batch([PROBE])[0]}
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text."""

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 import os
 import re
 import sysconfig
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,7 @@ KINDS = ("code", "prose")
 SPLITS = {"train": 16, "valid": 1, "test": 3}  # shares, in twentieths, of the packages
 PROSE_SUFFIXES = (".rst", ".md", ".txt", ".pod", ".html", ".gz")
 LARGEST_FILE_BYTES, SMALLEST_TEXT_CHARS = 400_000, 400
+SETTINGS = "settings"  # the array of a file of encoded text that tells what it was encoded with
 PARAGRAPH_CHARS = 80  # shorter paragraphs (an import line, a heading) may repeat
 
 _DOCSTRING = re.compile(r'("""|\'\'\')(.+?)\1', re.DOTALL)
@@ -49,6 +52,14 @@ class Document:
 def stable_hash(text: str) -> int:
     """The same 64-bit number for the same text on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")
+
+
+def digest(*parts: bytes | np.ndarray) -> str:
+    """A short hash of some data, the same on every machine."""
+    found = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        found.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part)
+    return found.hexdigest()
 
 
 def split_of(package: str) -> str:
@@ -239,28 +250,37 @@ def _join(arrays: list[np.ndarray], newline_ids: np.ndarray) -> Corpus:
     return Corpus(tokens, np.flatnonzero(np.isin(tokens, newline_ids)), starts)
 
 
-def save_corpora(path: Path, corpora: dict[tuple[str, str], Corpus]) -> None:
-    """Write encoded text as one .npz file, whole or not at all."""
+def save_corpora(path: Path, corpora: dict[tuple[str, str], Corpus], settings: Mapping[str, Any]) -> None:
+    """Write encoded text as one .npz file, whole or not at all; `settings`, JSON, tell what it was encoded with."""
     arrays = {f"{kind}/{split}/{f.name}": getattr(c, f.name) for (kind, split), c in corpora.items() for f in fields(c)}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with open(part, "wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays, **{SETTINGS: json.dumps(settings)})
     os.replace(part, path)
 
 
-def load_corpora(path: Path) -> dict[tuple[str, str], Corpus]:
+def load_corpora(path: Path, settings: Mapping[str, Any]) -> dict[tuple[str, str], Corpus]:
     """Inverse of `save_corpora`.
 
     Raises:
-        ValueError: Not such a file.
+        ValueError: Not such a file, or one of other settings.
     """
     try:
         with np.load(path) as arrays:
-            return {
+            found = json.loads(str(arrays[SETTINGS])) if SETTINGS in arrays else {}
+            corpora = {
                 (kind, split): Corpus(*(arrays[f"{kind}/{split}/{f.name}"] for f in fields(Corpus)))
                 for kind in KINDS
                 for split in SPLITS
             }
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"[load_corpora] expected a file of save_corpora, got {path}: {error}") from None
+    ours = {name: value for name, value in settings.items() if found.get(name) != value}
+    if ours:
+        theirs = {name: found.get(name, "not noted") for name in ours}
+        raise ValueError(
+            f"[load_corpora] expected text encoded with {ours}, got {path} with {theirs}; delete the file, or name "
+            "another."
+        )
+    return corpora

@@ -77,6 +77,7 @@ class Recipe:
             of a prompt: many short prompts teach them more than a few long ones.
         start: Task to the full layers that the routers are fitted to before training (`calibration.fit_masks`), on
             the calibration rows; empty: no fit.
+        start_layers: Layers of the model that `start` was found for; training refuses any other.
         start_confidence: p that the fit aims at for each decision: what is left to explore.
         gradient_checkpointing: Recompute layers in the backward pass.
         pattern, router, schedules, data, optimiser: See the classes.
@@ -90,6 +91,7 @@ class Recipe:
     calibration_rows: int = 0
     calibration_tokens: tuple[int, ...] = ()
     start: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    start_layers: int = 0
     start_confidence: float = 0.9
     gradient_checkpointing: bool = False
     pattern: PatternConfig = field(default_factory=PatternConfig)
@@ -101,10 +103,17 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise ValueError(f"[Recipe] loss must be one of {list(LOSSES)}, got {self.loss!r}.")
-        if self.start and (not self.calibration_rows or set(self.start) != set(self.targets) or self.by_head):
+        fits = self.calibration_rows and self.start_layers and not self.by_head
+        if self.start and not (fits and set(self.start) == set(self.targets)):
             raise ValueError(
-                f"[Recipe] start needs calibration_rows, routes of layers and full layers for {sorted(self.targets)}, "
-                f"got calibration_rows {self.calibration_rows}, by_head {self.by_head} and {sorted(self.start)}."
+                f"[Recipe] start needs calibration_rows, start_layers, routes of layers and full layers for "
+                f"{sorted(self.targets)}, got calibration_rows {self.calibration_rows}, start_layers "
+                f"{self.start_layers}, by_head {self.by_head} and {sorted(self.start)}."
+            )
+        if self.data.jsonl and (self.calibration_tokens or self.data.truncated_share):
+            raise ValueError(
+                "[Recipe] calibration_tokens and data.truncated_share are of made-up samples: with data.jsonl expected "
+                f"[] and 0, got {list(self.calibration_tokens)} and {self.data.truncated_share}."
             )
         lengths = self.calibration_tokens
         if lengths and not (len(lengths) == 2 and 0 < lengths[0] <= lengths[1] <= self.data.row_tokens):

@@ -19,14 +19,16 @@ from torch import distributed as dist
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cuda_reference.calibration import calibrate_model
-from cuda_reference.checkpoints import flux_config, load_checkpoint, save_checkpoint, save_routers
-from cuda_reference.data import calibration_rows, stream, training_rows
+from cuda_reference.calibration import calibrate_model, check_start
+from cuda_reference.checkpoints import flux_config, load_checkpoint, model_fingerprint, save_checkpoint, save_routers
+from cuda_reference.data import Rows, calibration_rows, stream, training_rows
 from cuda_reference.packed_model import PackedModel
 from cuda_reference.recipe import Recipe, load_recipe
 from cuda_reference.training import Trainer, World
 
-LOG_NAME, ROUTERS_NAME = "log.csv", "routers.safetensors"
+LOG_NAME, ROUTERS_NAME = "log.csv", "routers.safetensors"  # the routers' name is that of a finished run alone
+UNFINISHED_NAME = "routers_unfinished.safetensors"  # what `--stop-after` leaves
+STOPPED = 3  # exit status of a run that the same command goes on with
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,7 +43,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=0, help="processes that make batches")
     parser.add_argument("--text-cache", type=Path, help="file of encoded text: read if it exists, else written")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
-    parser.add_argument("--stop-after", type=float, default=float("inf"), help="seconds after which to save and stop")
+    parser.add_argument(
+        "--stop-after",
+        type=float,
+        default=float("inf"),
+        help=f"seconds after which to save and stop, with exit status {STOPPED}",
+    )
     parser.add_argument("--half", action="store_true", help="write the routers as float16, as they are shipped")
     parser.add_argument("--compile", action="store_true", help="compile MLPs and norms (CUDA)")
     return parser
@@ -125,33 +132,56 @@ def train(args: argparse.Namespace, recipe: Recipe, world: World) -> Trainer:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     rows = training_rows(recipe, tokenizer, world.rank, world.ranks, args.workers, args.text_cache)
     model = load_model(args.model, recipe, world.device, compiled=args.compile)
-    found = load_checkpoint(args.out)
+    check_start(model, recipe)
+    run = {"model": model_fingerprint(model), "data": sorted(set(world.gathered(rows.fingerprint())))}
+    found = world.shared(lambda: _found(args.out, steps))
     if recipe.calibration_rows and not found:
-        numbers = range(last, last + recipe.calibration_rows)
-        start_packs = stream(calibration_rows(rows, recipe), numbers, args.workers)
-        agreement = calibrate_model(model, start_packs, recipe)
-        if recipe.start and world.leads:
-            tqdm.write(f"start: {agreement:.3f} of the decisions on other prompts follow the masks", file=sys.stderr)
-    trainer = Trainer(model, recipe, world, args.spread, next(model.backbone.parameters()).dtype)
+        _calibrate(model, rows, recipe, world, args.workers)
+    trainer = Trainer(model, recipe, world, args.spread, next(model.backbone.parameters()).dtype, run)
     if found:
         trainer.load(*found)
-    args.out.mkdir(parents=True, exist_ok=True)
+    if world.leads:
+        args.out.mkdir(parents=True, exist_ok=True)
     packs = stream(rows, range(trainer.step * micro, last), args.workers, pin=world.device.type == "cuda")
     log = Log(args.out / LOG_NAME, recipe.tasks, trainer.step) if world.leads else None
     with tqdm(total=steps, initial=trainer.step, disable=not world.leads, mininterval=1.0) as bar:
-        while trainer.step < steps:
+        while not trainer.done:
             record = trainer.take_step(packs)
             multipliers = _whole(trainer.penalty.multipliers)
             if log is not None:
                 _show(bar, log.write(trainer.step, time.monotonic() - start, record, multipliers), recipe.tasks)
             late = _agreed(time.monotonic() - start > args.stop_after, world)
-            if trainer.step % args.save_every == 0 or trainer.step == steps or late:
-                _save(args.out, trainer, torch.float16 if args.half else torch.float32)
+            if trainer.step % args.save_every == 0 or trainer.done or late:
+                _save(args.out, trainer)
             if late:
                 break
+    _save_routers(args.out, trainer, torch.float16 if args.half else torch.float32)
     if log is not None:
         log.close()
     return trainer
+
+
+def _found(out: Path, steps: int) -> tuple[int, dict[str, Any]] | None:
+    """The checkpoint that the run in `out` goes on from, if any.
+
+    Raises:
+        ValueError: Routers of a finished run lie there without its last checkpoint; or no checkpoint can be read.
+    """
+    found = load_checkpoint(out)
+    done = found[0] if found else 0
+    if done < steps and (out / ROUTERS_NAME).exists():
+        raise ValueError(
+            f"[train] expected a checkpoint of step {steps} beside the {ROUTERS_NAME} of {out}, got {done}; move the "
+            "file away, or give a new output folder."
+        )
+    return found
+
+
+def _calibrate(model: PackedModel, rows: Rows, recipe: Recipe, world: World, workers: int) -> None:
+    """Give fresh routers the recipe's start."""
+    agreement = calibrate_model(model, stream(*calibration_rows(rows, recipe), workers), recipe)
+    if recipe.start and world.leads:
+        tqdm.write(f"start: {agreement:.3f} of the decisions on other prompts follow the masks", file=sys.stderr)
 
 
 def _whole(parameter: torch.Tensor) -> torch.Tensor:
@@ -169,27 +199,45 @@ def _agreed(late: bool, world: World) -> bool:
     return bool(flag.item())
 
 
-def _save(out: Path, trainer: Trainer, dtype: torch.dtype) -> None:
-    """Checkpoint and routers; all processes gather, the first writes."""
-    state, routers = trainer.state(), trainer.full_routers()
+def _save(out: Path, trainer: Trainer) -> None:
+    """A checkpoint; all processes gather, the first writes."""
+    state = trainer.state()
     if trainer.world.leads:
         save_checkpoint(out, trainer.step, state)
-        save_routers(out / ROUTERS_NAME, routers, trainer.recipe, dtype)
     if trainer.world.ranks > 1:
         dist.barrier()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Console entry."""
+def _save_routers(out: Path, trainer: Trainer, dtype: torch.dtype) -> None:
+    """The routers, under the name of a finished run or of a stopped one; all processes gather, the first writes."""
+    routers = trainer.full_routers()
+    if trainer.world.leads:
+        save_routers(out / (ROUTERS_NAME if trainer.done else UNFINISHED_NAME), routers, trainer.recipe, dtype)
+        if trainer.done:
+            (out / UNFINISHED_NAME).unlink(missing_ok=True)
+    if trainer.world.ranks > 1:
+        dist.barrier()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Console entry; returns the exit status: 0, or `STOPPED` where steps are left."""
     args = build_parser().parse_args(argv)
     recipe = load_recipe(args.recipe, args.set)
     world = World.join(args.device)
     try:
-        train(args, recipe, world)
+        trainer = train(args, recipe, world)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if trainer.done:
+        return 0
+    if world.leads:
+        print(
+            f"[train] stopped after step {trainer.step} of {recipe.optimiser.steps}: the same command goes on.",
+            file=sys.stderr,
+        )
+    return STOPPED
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

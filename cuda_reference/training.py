@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,28 @@ class World:
         """Whether this process writes files and shows progress."""
         return self.rank == 0
 
+    def shared(self, compute: Callable[[], Any]) -> Any:
+        """What `compute` gives on the first process, for all: only its files count. A ValueError is raised on all."""
+        if self.ranks == 1:
+            return compute()
+        box: list[Any] = [None]
+        if self.leads:
+            try:
+                box = [compute()]
+            except ValueError as error:
+                box = [error]
+        dist.broadcast_object_list(box, device=self.device)
+        if isinstance(box[0], ValueError):
+            raise box[0]
+        return box[0]
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all processes, in their order."""
+        values = [value] * self.ranks
+        if self.ranks > 1:
+            dist.all_gather_object(values, value)
+        return values
+
 
 class Loss(nn.Module):
     """Model and penalty in one module, so that one wrapper serves both.
@@ -81,11 +104,10 @@ class Loss(nn.Module):
         """Loss of a pack and, detached, `[3, tasks]`: NLL by task, Omega by task, samples by task."""
         teacher = self._teacher(pack) if self.kind == "kl" else None
         logits, routing = self.model(pack, noise=noise, tau=tau, hard=hard)
-        nll = sample_nll(logits, pack.loss_targets, pack.loss_sample, pack.samples)
+        with torch.set_grad_enabled(teacher is None and torch.is_grad_enabled()):  # else only logged: no graph
+            nll = sample_nll(logits, pack.loss_targets, pack.loss_sample, pack.samples)
         omega = routing.omega()
-        lost = nll
-        if teacher is not None:
-            lost = sample_divergence(logits, teacher, pack.loss_sample, pack.samples)
+        lost = nll if teacher is None else sample_divergence(logits, teacher, pack.loss_sample, pack.samples)
         loss = lost.mean() + self.penalty(omega, pack.task)
         tasks = len(self.penalty.tasks)
         counts = torch.bincount(pack.task, minlength=tasks).float()
@@ -119,10 +141,20 @@ class Trainer:
         world: The processes.
         spread: "ddp" or "fsdp": how several processes share the work.
         dtype: Of the backbone.
+        run: What else the run depends on, in JSON's types: a checkpoint goes on only where it is the same.
     """
 
-    def __init__(self, model: PackedModel, recipe: Recipe, world: World, spread: str, dtype: torch.dtype):
+    def __init__(
+        self,
+        model: PackedModel,
+        recipe: Recipe,
+        world: World,
+        spread: str,
+        dtype: torch.dtype,
+        run: Mapping[str, Any] | None = None,
+    ):
         self.recipe, self.world, self.step = recipe, world, 0
+        self.run = {"processes": world.ranks, **(run or {})}
         penalty = SparsityPenalty(recipe.targets, torch.Generator().manual_seed(recipe.seed)).to(world.device)
         self.loss: nn.Module = Loss(model, penalty, recipe.loss)
         self.penalty, self.model = penalty, model
@@ -139,6 +171,11 @@ class Trainer:
         ]
         self.optimiser = torch.optim.AdamW(groups, betas=tuple(options.betas))
         self._layers = len(model.backbone.get_decoder().layers)
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left."""
+        return self.step >= self.recipe.optimiser.steps
 
     def take_step(self, packs: Iterator[Pack]) -> dict[str, Any]:
         """One optimiser step over `micro_steps` packs; returns what to log."""
@@ -179,7 +216,9 @@ class Trainer:
     def _record(self, loss: torch.Tensor, by_task: torch.Tensor, norm: torch.Tensor) -> dict[str, Any]:
         """Numbers of the step over all processes: the sums stay on the device until they are read."""
         if self.world.ranks > 1:
-            dist.all_reduce(by_task)
+            sums = torch.cat([loss.view(1), by_task.flatten()])
+            dist.all_reduce(sums)
+            loss, by_task = sums[0] / self.world.ranks, sums[1:].view_as(by_task)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return {"loss": loss, "grad_norm": norm, "by_task": by_task}
 
@@ -188,6 +227,7 @@ class Trainer:
         whole = get_model_state_dict(self.loss, options=_STATE)
         return {
             "recipe": self.recipe.to_dict(),
+            "run": self.run,
             "model": {name: value for name, value in whole.items() if not _is_frozen(name)},
             "optimiser": get_optimizer_state_dict(self.loss, self.optimiser, options=_STATE),
         }
@@ -196,10 +236,25 @@ class Trainer:
         """Go on from `state` after `step` steps.
 
         Raises:
-            ValueError: The checkpoint is of another recipe.
+            ValueError: The checkpoint is of another recipe, number of processes, model or data, or lacks parameters.
         """
-        if _plain(state["recipe"]) != _plain(self.recipe.to_dict()):
-            raise ValueError("[Trainer.load] the checkpoint was written by another recipe; give a new output folder.")
+        if json.dumps(state["recipe"]) != json.dumps(self.recipe.to_dict()):  # multipliers follow the tasks' order
+            raise ValueError(
+                "[Trainer.load] the checkpoint was written by another recipe, or with its tasks in another order; give "
+                "a new output folder."
+            )
+        found = state.get("run", {})
+        ours = {name: value for name, value in self.run.items() if found.get(name) != value}
+        if ours:
+            theirs = {name: found.get(name, "not noted") for name in ours}
+            raise ValueError(
+                f"[Trainer.load] expected {theirs}, as the checkpoint was written with, got {ours}; go on as the run "
+                "was started, or give a new output folder."
+            )
+        trained = {"penalty.multipliers", *(f"model.backbone.{name}" for name in self.model.routers())}
+        missing = sorted(trained - state["model"].keys())
+        if missing:
+            raise ValueError(f"[Trainer.load] the checkpoint lacks {len(missing)} parameters: {missing[:4]}.")
         set_model_state_dict(self.loss, state["model"], options=_LOAD)
         set_optimizer_state_dict(self.loss, self.optimiser, state["optimiser"], options=_LOAD)
         self.step = step
@@ -213,10 +268,3 @@ class Trainer:
 def _is_frozen(name: str) -> bool:
     """Whether a name of the state dict belongs to the backbone (tied weights escape `ignore_frozen_params`)."""
     return name.startswith("model.") and ROUTER_INFIX not in name
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, for comparing what went through a file."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
-from cuda_reference.data import FileRows, MadeUpRows, read_jsonl, stream
+from cuda_reference.data import FileRows, MadeUpRows, calibration_rows, read_jsonl, stream, training_rows
 from cuda_reference.data_packing import TILE, pack, packed_tokens
 from cuda_reference.data_prompts import TASKS, Sample, Writer
 from cuda_reference.data_tasks import TaskMaker
@@ -178,3 +179,59 @@ def test_jsonl_is_read_and_bad_lines_are_named(tmp_path):
         path.write_text(json.dumps(good) + "\n" + bad + "\n")
         with pytest.raises(ValueError, match=r"mine\.jsonl line 2"):
             read_jsonl(path, writer, TASKS)
+
+
+def test_empty_lines_are_left_out_and_bytes_that_are_no_text_are_named(tmp_path):
+    writer, path = Writer(byte_tokenizer()), tmp_path / "mine.jsonl"
+    good = json.dumps({"prompt": "What is up?", "answer": " The sky", "task": "code"}).encode()
+    path.write_bytes(b"\n" + good + b"\r\n  \n" + good + b"\n\n")
+    assert len(read_jsonl(path, writer, TASKS)) == 2
+    path.write_bytes(good + b"\n\n" + good.replace(b"sky", b"\xff") + b"\n")
+    with pytest.raises(ValueError, match=r"mine\.jsonl line 3: 'utf-8' codec"):
+        read_jsonl(path, writer, TASKS)
+    assert not writer._encoded
+
+
+def test_prompts_of_a_file_begin_as_made_up_ones_do(tmp_path):
+    tokenizer, path = byte_tokenizer(), tmp_path / "mine.jsonl"
+    first = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", first)])
+    writer = Writer(tokenizer)
+    lines = [{"prompt": text, "answer": "b", "task": "code"} for text in ("aa", "<s>aa")]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    plain = writer.prompt("a", lambda n: writer.encode("a"), "", "", tokens=3, chat=False)
+    for sample in read_jsonl(path, writer, TASKS):
+        assert sample.tokens[: sample.prompt_tokens].tolist() == plain.tolist()
+        assert len(sample.answer) == 1
+
+
+def test_tasks_without_a_sample_and_settings_that_a_file_does_not_follow_are_named(tmp_path, recipe):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"prompt": "What is up?", "answer": " The sky", "task": "code"}))
+    mine = replace(recipe, data=replace(recipe.data, jsonl=str(path)))
+    with pytest.warns(UserWarning, match=r"no sample of \['single', 'multi', 'aggregation', 'icl', 'document'\]"):
+        training_rows(mine, byte_tokenizer())
+    with pytest.raises(ValueError, match=r"with data.jsonl expected \[\] and 0, got \[384, 640\]"):
+        replace(mine, calibration_tokens=(384, 640))
+
+
+def test_a_start_reads_every_sample_of_a_file_once(recipe):
+    """Else the fit would have seen what its agreement is measured on."""
+    samples = made([100 + 50 * i for i in range(40)])
+    for count, ranks in ((100, 1), (3, 2), (100, 2)):
+        wanted = replace(recipe, calibration_rows=count)
+        parts = [calibration_rows(FileRows(samples, wanted, rank, ranks), wanted) for rank in range(ranks)]
+        packs = [list(stream(*part)) for part in parts]
+        seen = [length for part in packs for p in part for length in p.lengths.tolist()]
+        assert len(set(seen)) == len(seen)
+        assert sum(map(len, packs)) == min(count, len(parts[0][0]._rows(0)))
+
+
+def test_processes_share_the_rows_of_a_start(maker, recipe):
+    recipe = replace(recipe, calibration_rows=3)
+    steps = recipe.optimiser.steps
+    parts = [calibration_rows(MadeUpRows(maker, recipe, rank, 2), recipe) for rank in range(2)]
+    assert [numbers for _, numbers in parts] == [range(steps, steps + 2), range(steps, steps + 1)]
+    found = [rows[numbers[0]].tokens.tolist() for rows, numbers in parts]
+    one = MadeUpRows(maker, recipe)
+    assert found == [one[2 * steps].tokens.tolist(), one[2 * steps + 1].tokens.tolist()]

@@ -7,6 +7,8 @@ import gzip
 import numpy as np
 import pytest
 
+from cuda_reference.data import make_corpora
+from cuda_reference.data_prompts import Writer
 from cuda_reference.data_text import (
     PARAGRAPH_CHARS,
     SPLITS,
@@ -20,7 +22,7 @@ from cuda_reference.data_text import (
     split_of,
     without_repeats,
 )
-from parity_tests.tiny_training import write_corpus
+from parity_tests.tiny_training import byte_tokenizer, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +124,29 @@ def test_an_empty_corpus_is_refused():
 def test_encoded_text_survives_a_file(tmp_path):
     corpus = Corpus(np.arange(9, dtype=np.int32), np.array([0, 4]), np.array([0, 5]))
     corpora = {(kind, split): corpus for kind in ("code", "prose") for split in SPLITS}
-    save_corpora(tmp_path / "new" / "text.npz", corpora)
-    found = load_corpora(tmp_path / "new" / "text.npz")
+    save_corpora(tmp_path / "new" / "text.npz", corpora, {"text_chars": 7, "probe": [1, 2]})
+    found = load_corpora(tmp_path / "new" / "text.npz", {"text_chars": 7, "probe": [1, 2]})
     assert found.keys() == corpora.keys()
     assert np.array_equal(found["prose", "test"].tokens, corpus.tokens)
     assert np.array_equal(found["code", "train"].breaks, corpus.breaks)
     (tmp_path / "bad").write_bytes(b"PK\x03\x04 something else")
     with pytest.raises(ValueError, match="expected a file of save_corpora"):
-        load_corpora(tmp_path / "bad")
+        load_corpora(tmp_path / "bad", {})
+
+
+def test_encoded_text_belongs_to_its_tokenizer_and_size(root, tmp_path, monkeypatch):
+    monkeypatch.setattr("cuda_reference.data_text.default_roots", lambda: {"site": root})
+    cache, writer = tmp_path / "text.npz", Writer(byte_tokenizer())
+    first = make_corpora(writer, 20_000, cache=cache)
+    again = make_corpora(writer, 20_000, cache=cache)
+    assert all(np.array_equal(first[key].tokens, again[key].tokens) for key in first)
+    with pytest.raises(ValueError, match=r"with \{'text_chars': 30000\}, got .* with \{'text_chars': 20000\}; delete"):
+        make_corpora(writer, 30_000, cache=cache)
+    writer.tokenizer.add_tokens(["function"])
+    with pytest.raises(ValueError, match=r"with \{'vocabulary': 259\}, got .* with \{'vocabulary': 258\}"):
+        make_corpora(writer, 20_000, cache=cache)
+    with np.load(cache) as arrays:
+        old = {name: arrays[name] for name in arrays if name != "settings"}
+    np.savez(cache, **old)
+    with pytest.raises(ValueError, match=r"'text_chars': 'not noted'.*delete the file"):
+        make_corpora(writer, 20_000, cache=cache)

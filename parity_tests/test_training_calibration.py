@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from multiprocessing import active_children
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from cuda_reference.calibration import (
     calibrate,
     calibrate_model,
     fit_masks,
+    joined,
     pooled_queries,
 )
+from cuda_reference.data import stream
 from cuda_reference.data_packing import TILE, pack
 from cuda_reference.data_prompts import TASKS
 from cuda_reference.packed_model import PackedModel
@@ -72,7 +75,7 @@ def test_pooled_queries_are_those_of_the_prompts():
     model = PackedModel(tiny_model(), config)
     samples = made([100, 150])
     row = pack(samples, TASKS, 10, 3 * TILE)
-    found, task = pooled_queries(model, iter([row, row]), 2)
+    found, task = joined([pooled_queries(model, row), pooled_queries(model, row)])
     assert task.tolist() == [0, 1, 0, 1]
     assert {layer: tuple(x.shape) for layer, x in found.items()} == {0: (4, 8), 1: (4, 8)}
     embedded = model.backbone.model.embed_tokens(
@@ -84,6 +87,15 @@ def test_pooled_queries_are_those_of_the_prompts():
     before = [p.clone() for p in model.routers().values()]
     calibrate_model(model, iter([row, row]), replace(load_recipe("smollm2"), calibration_rows=2, start={}))
     assert any(not torch.equal(a, b) for a, b in zip(before, model.routers().values(), strict=True))
+
+
+def test_the_loader_of_a_start_ends_with_it():
+    model = PackedModel(tiny_model(), FluxConfig(PatternConfig(block_size=16, sink_tokens=16, window_tokens=48)))
+    rows = [pack(made([100, 150]), TASKS, 10, 3 * TILE)] * 2
+    packs = stream(rows, range(2), workers=1)
+    assert active_children()
+    calibrate_model(model, packs, replace(load_recipe("smollm2"), calibration_rows=2, start={}))
+    assert not active_children()
 
 
 def test_a_fitted_start_decides_as_its_masks_say():

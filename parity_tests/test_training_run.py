@@ -1,9 +1,11 @@
-"""Whole runs on a tiny model: resume after a kill, several processes, files."""
+"""Whole runs on a tiny model: resume after a kill, files."""
 
 from __future__ import annotations
 
 import csv
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,26 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cuda_reference.checkpoints import checkpoints, load_checkpoint, load_routers, save_checkpoint
+from cuda_reference.checkpoints import checkpoints, load_checkpoint, load_routers, model_fingerprint, save_checkpoint
 from cuda_reference.data_prompts import TASKS
-from cuda_reference.train import LOG_NAME, ROUTERS_NAME, main
+from cuda_reference.train import LOG_NAME, ROUTERS_NAME, STOPPED, UNFINISHED_NAME, main
 from flux_mlx.spec import RouterConfig
-from parity_tests.tiny_training import write_corpus, write_model
+from parity_tests.tiny_training import STEPS, tiny_model, write_corpus, write_model
+from parity_tests.tiny_training import training_arguments as arguments
 
-STEPS, LR = 3, 1e-2
-SETTINGS = [
-    f"optimiser.steps={STEPS}",
-    f"optimiser.lr={LR}",
-    "data.row_tokens=2048",
-    "data.shortest_tokens=1700",
-    "data.longest_tokens=2000",
-    "calibration_rows=2",
-    "calibration_tokens=[600, 1000]",
-    "start={}",
-    "data.text_chars=200000",
-    "pattern.window_tokens=256",
-    'loss="kl"',
-]
 LAUNCH = """
 import sys
 from pathlib import Path
@@ -51,10 +40,6 @@ def home(tmp_path_factory):
     write_corpus(root / "corpus")
     (root / "launch.py").write_text(LAUNCH)
     return root
-
-
-def arguments(home, out, *more):
-    return ["--model", str(home / "model"), "--out", str(out), "--device", "cpu", "--set", *SETTINGS, *more]
 
 
 @pytest.fixture
@@ -90,7 +75,7 @@ def test_a_run_leaves_routers_log_and_checkpoints(whole):
     rows = read_log(whole)
     assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1))
     assert all(float(row["loss"]) > 0 for row in rows)
-    assert float(rows[-1]["lambda1_single"]) > float(rows[0]["lambda1_single"])
+    assert any(float(rows[-1][f"lambda1_{task}"]) > float(rows[0][f"lambda1_{task}"]) for task in TASKS)
 
 
 def test_checkpoints_hold_no_frozen_weights(whole):
@@ -98,13 +83,34 @@ def test_checkpoints_hold_no_frozen_weights(whole):
     assert all(".router." in name or name.startswith("penalty.") for name in state["model"])
 
 
-def test_a_stopped_run_goes_on_to_the_same_routers(home, local_text, whole):
+def test_a_stopped_run_says_so_and_goes_on_to_the_same_routers(home, local_text, whole, capsys):
     out = home / "stopped"
-    main(arguments(home, out, "--stop-after", "0"))
+    assert main(arguments(home, out, "--stop-after", "0")) == STOPPED
+    assert f"stopped after step 1 of {STEPS}: the same command goes on" in capsys.readouterr().err
     assert [step for step, _ in checkpoints(out)] == [1]
-    main(arguments(home, out))
+    assert load_file(out / UNFINISHED_NAME).keys() == load_file(whole / ROUTERS_NAME).keys()
+    assert not (out / ROUTERS_NAME).exists()
+    assert main(arguments(home, out)) == 0
+    assert not (out / UNFINISHED_NAME).exists()
     ours, theirs = load_file(out / ROUTERS_NAME), load_file(whole / ROUTERS_NAME)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_killed_after_its_last_checkpoint_still_writes_its_routers(home, local_text, whole):
+    routers = load_file(whole / ROUTERS_NAME)
+    (whole / ROUTERS_NAME).unlink()
+    assert main(arguments(home, whole)) == 0
+    again = load_file(whole / ROUTERS_NAME)
+    assert all(torch.equal(again[name], routers[name]) for name in routers)
+
+
+def test_finished_routers_without_their_checkpoint_are_left_alone(home, local_text, whole):
+    out = home / "alone"
+    out.mkdir()
+    (out / ROUTERS_NAME).write_bytes(b"somebody's")
+    with pytest.raises(ValueError, match=f"expected a checkpoint of step {STEPS} beside the {ROUTERS_NAME}"):
+        main(arguments(home, out))
+    assert (out / ROUTERS_NAME).read_bytes() == b"somebody's"
 
 
 def test_a_killed_run_goes_on_to_the_same_routers(home, whole):
@@ -132,6 +138,47 @@ def test_another_recipe_does_not_take_over_a_run(home, local_text, whole):
         main([*arguments(home, whole), "optimiser.clip=1.0"])
 
 
+def test_other_circumstances_do_not_take_over_a_run(home, local_text, whole, tmp_path):
+    """The order of the targets is that of the multipliers; what a checkpoint does not note, it may not have had."""
+    step, state = load_checkpoint(whole)
+
+    def goes_on(**changed):
+        save_checkpoint(tmp_path, step, state | changed)
+        return main(arguments(home, tmp_path))
+
+    assert goes_on() == 0
+    recipe, run, model = state["recipe"], state["run"], state["model"]
+    with pytest.raises(ValueError, match="another order"):
+        goes_on(recipe=recipe | {"targets": dict(reversed(recipe["targets"].items()))})
+    for name, other in (("processes", 8), ("model", "0" * 16), ("data", ["0" * 16])):
+        with pytest.raises(ValueError, match=rf"expected \{{'{name}': {re.escape(repr(other))}\}}"):
+            goes_on(run=run | {name: other})
+    with pytest.raises(ValueError, match="'processes': 'not noted'"):
+        goes_on(run={})
+    gone = next(name for name in model if ".router." in name)
+    with pytest.raises(ValueError, match=f"lacks 1 parameters: .*{re.escape(gone)}"):
+        goes_on(model={name: value for name, value in model.items() if name != gone})
+
+
+def test_models_are_told_apart_by_any_weight():
+    found = {model_fingerprint(tiny_model()), model_fingerprint(tiny_model().to(torch.bfloat16))}
+    changed = tiny_model()
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight[0, 3] += 1.0
+    assert len(found) == 1
+    assert model_fingerprint(changed) not in found
+
+
+def test_a_start_of_another_model_is_refused(home, local_text):
+    for masks, layers, message in (
+        ("[1]", 30, r"a model of 30 layers.*got one of 2; .*--set start=\{\}"),
+        ("[5]", 2, r"expected routed layers, got \[5\] in the start of task 'single'; .*--set start=\{\}"),
+    ):
+        start = "{" + ", ".join(f"{task} = {masks}" for task in TASKS) + "}"
+        with pytest.raises(ValueError, match=message):
+            main([*arguments(home, home / "other"), f"start={start}", f"start_layers={layers}"])
+
+
 def test_damaged_checkpoints(tmp_path):
     save_checkpoint(tmp_path, 1, {"model": {"a": torch.ones(2)}})
     newer = save_checkpoint(tmp_path, 2, {"model": {"a": torch.zeros(2)}})
@@ -155,39 +202,6 @@ def test_router_files_are_checked(whole, tmp_path):
         load_routers(tmp_path / "x.safetensors", routers)
 
 
-def run_processes(home, out, spread):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(home / "launch.py"), str(home / "corpus"), *arguments(home, out, "--save-every", "2")]
-    return subprocess.run(
-        [*command[:-2], "--spread", spread, *command[-2:]], env=environment(), capture_output=True, text=True
-    )
-
-
-@pytest.fixture(scope="module")
-def spread_runs(home):
-    """Routers and log of two processes, by DDP and by FSDP."""
-    found = {}
-    for spread in ("ddp", "fsdp"):
-        result = run_processes(home, home / spread, spread)
-        assert result.returncode == 0, result.stderr[-2000:]
-        found[spread] = load_file(home / spread / ROUTERS_NAME), read_log(home / spread)
-    return found
-
-
-def test_two_processes_train_and_both_ways_agree(spread_runs):
-    """Compared by loss and gradient: Adam makes whole steps of the rounding of tiny gradients."""
-    (ddp, ddp_log), (fsdp, fsdp_log) = spread_runs["ddp"], spread_runs["fsdp"]
-    assert {name: v.shape for name, v in ddp.items()} == {name: v.shape for name, v in fsdp.items()}
-    for ours, theirs in zip(ddp_log, fsdp_log, strict=True):
-        assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-3)
-    assert float(ddp_log[0]["grad_norm"]) == pytest.approx(float(fsdp_log[0]["grad_norm"]), rel=1e-3)
-
-
-def test_two_processes_see_other_data_than_one(spread_runs, whole):
-    one = load_file(whole / ROUTERS_NAME)
-    assert any(not torch.equal(one[name], spread_runs["ddp"][0][name]) for name in one)
-
-
 def test_a_run_may_start_from_masks_and_follow_the_backbone(home, local_text):
     """With a fitted start the first step's Omega is that of the masks; the loss is the divergence from all full.
 
@@ -204,13 +218,24 @@ def test_a_run_may_start_from_masks_and_follow_the_backbone(home, local_text):
 
 
 def test_users_own_samples(home, tmp_path):
-    import json
-
     lines = [{"prompt": f"Number {i} is " * 40, "answer": str(i), "task": "mine"} for i in range(12)]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     recipe = tmp_path / "mine.toml"
     recipe.write_text(
         f'[targets]\nmine = 0.5\n[data]\njsonl = "{tmp_path}/mine.jsonl"\nrow_tokens = 2048\n[optimiser]\nsteps = 2\n'
     )
-    main(["--model", str(home / "model"), "--out", str(tmp_path / "out"), "--device", "cpu", "--recipe", str(recipe)])
+    command = [
+        "--model",
+        str(home / "model"),
+        "--out",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+        "--recipe",
+        str(recipe),
+    ]
+    assert main(command) == 0
     assert (tmp_path / "out" / ROUTERS_NAME).is_file()
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines[1:])))
+    with pytest.raises(ValueError, match=r"expected \{'data': "):
+        main(command)

@@ -81,3 +81,26 @@ def write_corpus(root: Path, packages: int = 40) -> Path:
         code = "\n".join(f"def function_{number}_{i}(a, b):\n    return a + b * {i}\n" for i in range(30))
         (package / "code.py").write_text(f'"""{" ".join(words[::-1])}"""\n\n{code}')
     return root
+
+
+STEPS, LR = 3, 1e-2
+SETTINGS = (
+    f"optimiser.steps={STEPS}",
+    f"optimiser.lr={LR}",
+    "data.row_tokens=2048",
+    "data.shortest_tokens=1700",
+    "data.longest_tokens=2000",
+    "calibration_rows=2",
+    "calibration_tokens=[600, 1000]",
+    "start={}",
+    "start_layers=2",
+    "data.text_chars=200000",
+    "pattern.window_tokens=256",
+    'loss="kl"',
+)
+
+
+def training_arguments(home: Path, out: Path, *more: str) -> list[str]:
+    """A training command on the model and corpus in `home`; `more` are settings, options first."""
+    options = ["--model", str(home / "model"), "--out", str(out), "--device", "cpu", "--set", *SETTINGS]
+    return [*options, *more]
