@@ -17,6 +17,7 @@ KEY_FORMS = ("keys", "keys4", "keys3", "keys2")
 KINDS = {
     "single-magic": ("single", "magic"),
     "single": ("single", ""),
+    "single-bare": ("single", "bare"),
     "multi-keys": ("multi", "keys"),
     "multi-hops": ("multi", "hops"),
     "aggregation": ("aggregation", ""),

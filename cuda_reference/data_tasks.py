@@ -16,6 +16,7 @@ CANDIDATES = 10
 LONGEST_ANSWER_TOKENS = 256
 PLAINEST_SHARE = 0.25  # of the needles: a number in the plainest sentence
 ASKED_BEFORE_SHARE = 0.2  # of the questions: they stand before the text instead of after it
+BARE_SHARE = 0.5  # of the needles to train on: the answer's beginning is not given, as nobody gives it in use
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ class TaskMaker:
             index: Any integer >= 0.
             tokens: Length; 384 holds every task.
             depth: Place of the needle; None draws it.
-            form: "magic" for "single" (the plain sentence with a number that other suites use); for "multi" "keys"
-                (ten facts of one form), "keys2" to "keys9" (that many) or "hops"; "" draws it.
+            form: "magic" for "single" (the plain sentence with a number that other suites use), or "bare" (the answer's
+                beginning belongs to the answer, not to the prompt); for "multi" "keys" (ten facts of one form), "keys2"
+                to "keys9" (that many) or "hops"; "" draws it.
 
         Raises:
             ValueError: Unknown task, or too few tokens for it.
@@ -74,7 +76,7 @@ class TaskMaker:
         depth = float(rng.random()) if depth is None else depth
         chat = bool(rng.random() < 0.6)
         if task == "single":
-            return self._needle(rng, tokens, chat, depth, others=0, magic=form == "magic")
+            return self._needle(rng, tokens, chat, depth, others=0, form=form)
         if task == "multi":
             hops = form == "hops" or (not form and rng.random() < 0.4)
             if hops:
@@ -91,10 +93,10 @@ class TaskMaker:
         return (forms[0], "digits") if magic or rng.random() < PLAINEST_SHARE else (form, kind)
 
     def _needle(
-        self, rng: np.random.Generator, tokens: int, chat: bool, depth: float, others: int, magic: bool = False
+        self, rng: np.random.Generator, tokens: int, chat: bool, depth: float, others: int, form: str = ""
     ) -> Sample:
         """One fact to find; with `others`, facts of the same form about other keys are the wrong candidates."""
-        form, kind = self._form(rng, magic)
+        bare, (form, kind) = form == "bare", self._form(rng, form == "magic")
         values = self.words.values(rng, kind, CANDIDATES)
         keys = self._keys(rng, 1 + others)
         if tokens < 1024 and others:
@@ -102,7 +104,7 @@ class TaskMaker:
         facts = [form.statement.format(key=key, value=value) for key, value in zip(keys, values, strict=False)]
         question, lead = form.question.format(key=keys[0]), form.lead.format(key=keys[0])
         asked = Question("multi" if others else "single", form.statement, facts, question, lead, values)
-        return self._ask(rng, tokens, chat, depth, asked)
+        return self._ask(rng, tokens, chat, depth, asked, bare=bare)
 
     def _hops(self, rng: np.random.Generator, tokens: int, chat: bool, depth: float) -> Sample:
         """Two facts to join: a box holds a key, the key opens a code; two such chains stand in the text."""
@@ -121,20 +123,33 @@ class TaskMaker:
             found[self.words.key(rng, self.split)] = None
         return list(found)
 
-    def _ask(self, rng: np.random.Generator, tokens: int, chat: bool, depth: float, asked: Question) -> Sample:
+    def _instruction(self, rng: np.random.Generator, *kinds: str) -> str:
+        """One of the instructions of these kinds."""
+        table = self.words.ood_instructions if self.split == "ood" else self.words.instructions
+        return str(rng.choice([text for kind in kinds for text in table[kind]]))
+
+    def _ask(
+        self, rng: np.random.Generator, tokens: int, chat: bool, depth: float, asked: Question, *, bare: bool = False
+    ) -> Sample:
         """Hide the facts in a filler, the first at `depth`, and ask for the first value."""
         depths = [depth, *rng.random(len(asked.facts) - 1)]
         pieces = [self.writer.encode("\n" + fact) for fact in asked.facts]
         candidates = tuple(self.writer.encode(" " + value) for value in asked.values)
         early = rng.random() < ASKED_BEFORE_SHARE
-        head = "Answer a question about the following text.\n" + (f"Question: {asked.question}\n" if early else "")
-        tail = "\n\n" + ("Answer the question above." if early else f"Question: {asked.question}")
+        question = self._instruction(rng, "tail").format(asked.question)
+        head = self._instruction(rng, "any", "ask") + (f"{question}\n" if early else "")
+        tail = "\n\n" + (self._instruction(rng, "early_tail") if early else question)
 
         def body(room: int) -> np.ndarray:
             window, breaks = self._filler(rng, room - sum(map(len, pieces)))
             return insert(window, breaks, pieces, depths)
 
-        lead = asked.lead if chat and self.writer.has_template else f"Answer: {asked.lead}"
+        lead, begin = asked.lead, "" if chat and self.writer.has_template else "Answer:"
+        if bare or (self.split == "train" and rng.random() < BARE_SHARE):
+            first = self.writer.encode(f" {lead}" if begin else lead)
+            candidates = tuple(np.concatenate([first, value]) for value in candidates)
+            lead = ""
+        lead = f"{begin} {lead}" if begin and lead else begin or lead
         prompt = self.writer.prompt(head, body, tail, lead, tokens=tokens - len(candidates[0]), chat=chat)
         whole = np.concatenate([prompt, candidates[0]])
         return Sample(whole, len(prompt), asked.task, candidates, depth, asked.form)
@@ -173,7 +188,7 @@ class TaskMaker:
 
     # Everything else
 
-    def _text(self, rng: np.random.Generator, tokens: int, chat: bool, corpus: Corpus, task: str, ask: str) -> Sample:
+    def _text(self, rng: np.random.Generator, tokens: int, chat: bool, corpus: Corpus, task: str, kind: str) -> Sample:
         """Text that goes on: the prompt is cut at a random point, the answer is what follows.
 
         In the chat form the user gives the text, and the assistant's turn goes on with it.
@@ -188,14 +203,15 @@ class TaskMaker:
             text = corpus.window(rng, room + answer)[0]
             return text[:room]
 
-        prompt = self.writer.prompt(ask if chat else "", body, "", "", tokens=tokens - answer, chat=chat)
+        head = self._instruction(rng, "any", kind) if chat else ""
+        prompt = self.writer.prompt(head, body, "", "", tokens=tokens - answer, chat=chat)
         return Sample(np.concatenate([prompt, text[-answer:]]), len(prompt), task)
 
     def _code(self, rng: np.random.Generator, tokens: int, chat: bool) -> Sample:
-        return self._text(rng, tokens, chat, self.code, "code", "Continue this code.\n")
+        return self._text(rng, tokens, chat, self.code, "code", "code")
 
     def _document(self, rng: np.random.Generator, tokens: int, chat: bool) -> Sample:
-        return self._text(rng, tokens, chat, self.prose, "document", "Continue this text.\n")
+        return self._text(rng, tokens, chat, self.prose, "document", "text")
 
     def _aggregation(self, rng: np.random.Generator, tokens: int, chat: bool) -> Sample:
         """Which category of things is named most often in the whole text?"""
@@ -213,9 +229,10 @@ class TaskMaker:
             window, breaks = self._filler(rng, room - sum(map(len, pieces)))
             return insert(window, breaks, pieces, rng.random(count))
 
-        tail = f"\n\nQuestion: Which kind of thing was seen most often: {', '.join(sorted(names))}?"
+        question = f"Which kind of thing was seen most often: {', '.join(sorted(names))}?"
+        tail = "\n\n" + self._instruction(rng, "tail").format(question)
         prompt = self.writer.prompt(
-            "Read the text and count what was seen.\n",
+            self._instruction(rng, "any", "count"),
             body,
             tail,
             "Answer:",
@@ -243,7 +260,7 @@ class TaskMaker:
 
         ordered = (candidates[wanted], *(c for i, c in enumerate(candidates) if i != wanted))
         prompt = self.writer.prompt(
-            "Label the words as in the examples.\n",
+            self._instruction(rng, "any", "label"),
             body,
             f"\n{query} ->",
             "",

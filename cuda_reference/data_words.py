@@ -31,7 +31,11 @@ class Form:
 
 @dataclass(frozen=True)
 class Words:
-    """The word lists. `ood_forms` and `ood_sentences` are never trained on."""
+    """The word lists. `ood_forms`, `ood_sentences` and `ood_instructions` are never trained on.
+
+    Instructions: what stands around a text. "any" heads fit every task; "ask", "count", "label", "code" and "text" are
+    heads of one; "tail" puts a question behind the text, "early_tail" reminds of one before it.
+    """
 
     forms: tuple[Form, ...]
     ood_forms: tuple[Form, ...]
@@ -42,6 +46,8 @@ class Words:
     labels: tuple[str, ...]
     sentences: dict[str, tuple[str, ...]]
     ood_sentences: dict[str, tuple[str, ...]]
+    instructions: dict[str, tuple[str, ...]]
+    ood_instructions: dict[str, tuple[str, ...]]
 
     def key(self, rng: np.random.Generator, split: str) -> str:
         """A made-up name, "amber falcon"; a name occurs in one split only ("ood" shares those of "test")."""
@@ -81,6 +87,7 @@ def words() -> Words:
     raw = json.loads(path.read_text(encoding="utf-8"))
     lists = {name: tuple(raw[name].split()) for name in ("adjectives", "nouns", "cities", "labels")}
     forms = {name: tuple(Form(**form) for form in raw[name]) for name in ("forms", "ood_forms")}
-    fillers = {name: {k: tuple(v) for k, v in raw[name].items()} for name in ("sentences", "ood_sentences")}
+    named = ("sentences", "ood_sentences", "instructions", "ood_instructions")
+    lists_by_name = {name: {k: tuple(v) for k, v in raw[name].items()} for name in named}
     categories = {name: tuple(line.split()) for name, line in raw["categories"].items()}
-    return Words(categories=categories, **lists, **forms, **fillers)
+    return Words(categories=categories, **lists, **forms, **lists_by_name)

@@ -47,17 +47,42 @@ def test_samples_are_the_same_every_time_and_differ_by_index_and_split(makers, t
 @pytest.mark.parametrize("task", RETRIEVAL)
 def test_the_fact_stands_in_the_prompt_and_candidates_differ(makers, task):
     for index in range(12):
-        sample = makers["train"].sample(task, index, TOKENS)
+        sample = makers["test"].sample(task, index, TOKENS)
         prompt, answer = (
-            text(makers["train"], sample.tokens[: sample.prompt_tokens]),
-            text(makers["train"], sample.answer),
+            text(makers["test"], sample.tokens[: sample.prompt_tokens]),
+            text(makers["test"], sample.answer),
         )
-        candidates = [text(makers["train"], c) for c in sample.candidates]
+        candidates = [text(makers["test"], c) for c in sample.candidates]
         assert candidates[0] == answer
         assert len(set(candidates)) == CANDIDATES
         assert answer.strip() in prompt
         if task == "single":
             assert not any(c.strip() in prompt.replace(answer.strip(), "") for c in candidates[1:] if len(c) > 5)
+
+
+def test_half_of_the_answers_to_train_on_begin_with_their_lead(makers):
+    leads = tuple(form.lead.format(key="|").partition("|")[0].strip() for form in words().forms)
+    samples = [makers["train"].sample("single", i, 1700) for i in range(80)]
+    bare = [text(makers["train"], sample.answer).strip().startswith(tuple(filter(None, leads))) for sample in samples]
+    assert 25 <= sum(bare) <= 55
+    for sample in (*samples[:6], *(makers["test"].sample("single", i, 1700, form="bare") for i in range(3))):
+        assert len(sample.tokens) == 1700
+        assert np.array_equal(sample.candidates[0], sample.answer)
+    bare = makers["test"].sample("single", 4, 1700, form="bare")
+    answers = [text(makers["test"], c) for c in bare.candidates]
+    assert len({answer.rpartition(" ")[0] for answer in answers}) < CANDIDATES // 2
+    assert text(makers["test"], bare.tokens[: bare.prompt_tokens]).endswith(("assistant\n", "Answer:"))
+
+
+def test_what_stands_around_a_text_does_not_tell_the_task(makers):
+    heads = {task: set() for task in TASKS}
+    for task in TASKS:
+        for i in range(60):
+            sample = makers["train"].sample(task, i, 1700)
+            begin = text(makers["train"], sample.tokens[:200])
+            heads[task] |= {head for head in words().instructions["any"] if head and head in begin}
+    shared = set.intersection(*(heads[task] for task in TASKS))
+    assert len(shared) >= 3
 
 
 def test_needles_lie_at_their_depth(makers):
@@ -92,6 +117,9 @@ def test_forms_and_fillers_out_of_domain_are_never_trained_on(makers):
     lists = words()
     assert not {f.statement for f in lists.forms} & {f.statement for f in lists.ood_forms}
     assert not set(lists.sentences) & set(lists.ood_sentences)
+    assert lists.instructions.keys() == lists.ood_instructions.keys()
+    for kind, known in lists.instructions.items():
+        assert not set(known) & set(lists.ood_instructions[kind])
     trained = {makers["train"].sample("single", i, 1700).form for i in range(60)}
     assert trained <= {f.statement for f in lists.forms}
     assert len(trained) > 8
