@@ -13,13 +13,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from huggingface_hub import snapshot_download
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES, mixed_quant_predicate_builder
 from mlx_lm.utils import _get_classes, load_model, quantize_model
 
 from flux_mlx.gguf_directory import write_plain_directory
 from flux_mlx.model_directory import CARD_NAME, Base, card_field, is_flux_config, read_config
+from flux_mlx.model_source import find_directory
 from flux_mlx.official import base_config
 from flux_mlx.weights import check_safetensors, without_routers
 
@@ -75,16 +75,8 @@ def source_directory(
     elif not _HUB_ID.fullmatch(source):
         raise FileNotFoundError(f"[convert] {source} is neither a model directory, nor a GGUF file, nor a hub id.")
     else:
-        path = _download(source, revision)
+        path = find_directory(source, revision=revision, allow_patterns=list(_HUB_FILES))
         yield path, dataclasses.replace(_base(path, source), name=source, hub_id=source)
-
-
-def _download(hub_id: str, revision: str | None) -> Path:
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_HUB_FILES)))
-    except Exception as error:  # the hub client raises its own, requests' and the operating system's
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(f"[convert] no directory {hub_id}, and not to be had from the hub: {reason}") from error
 
 
 def _base(directory: Path, name: str) -> Base:

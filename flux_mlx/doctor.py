@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from flux_mlx import attention, cuda_catalog, cuda_kernels, kernel_policy, kernels, spec
+from flux_mlx.environment import VARIABLES, check_environment, kernels_are_on
 from flux_mlx.kernel_policy import Variant
 from flux_mlx.spec import PatternConfig
 from metal_kernels import catalog
@@ -52,7 +53,8 @@ def backend() -> str:
 def device() -> dict[str, Any]:
     """MLX's device, and which of our kernels could run on it."""
     info = {key: value for key, value in kernel_policy.gpu_info().items() if isinstance(value, (str, int))}
-    return {"kernels": backend() or "none", "default": str(mx.default_device()), **info}
+    switch = "on" if kernels_are_on() else "off"
+    return {"kernels": backend() or "none", "FLUX_MLX_KERNELS": switch, "default": str(mx.default_device()), **info}
 
 
 def all_variants() -> list[Variant]:
@@ -207,11 +209,21 @@ def as_text(report: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command `flux_mlx.doctor`. Exit code 1 if a kernel or an operation is wrong."""
-    parser = argparse.ArgumentParser(prog="flux_mlx.doctor", description=__doc__)
+    variables = "\n".join(f"  {name}\n      {text}" for name, text in VARIABLES.items())
+    parser = argparse.ArgumentParser(
+        prog="flux_mlx.doctor",
+        description=__doc__,
+        epilog=f"variables of the environment that every command reads:\n{variables}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON, too")
     parser.add_argument("--calibrate", action="store_true", help="write down from which lengths the kernels win")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", help="lengths of the benchmark")
     options = parser.parse_args(arguments)
+    try:
+        check_environment()
+    except ValueError as error:
+        parser.error(str(error))
     if options.lengths and min(options.lengths) < 1:
         parser.error(f"--lengths: expected 1 or more, got {min(options.lengths)}.")
     if options.calibrate and not backend():

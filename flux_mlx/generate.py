@@ -20,7 +20,7 @@ from flux_mlx.adapters import load_adapters
 from flux_mlx.cache import CacheList, describe_routes, tokens_held
 from flux_mlx.cache_files import check_model, has_fingerprint, read_metadata
 from flux_mlx.cuda_settings import prepare_cuda
-from flux_mlx.loading import find_directory, load
+from flux_mlx.loading import load
 from flux_mlx.models import KV_POLICIES, set_kv_policy, set_route
 from flux_mlx.safe_loading import load_without_code
 from flux_mlx.spec import parse_route
@@ -50,13 +50,19 @@ def template_settings(parser: argparse.ArgumentParser, text: str | None) -> dict
     return value
 
 
-def add_route_arguments(parser: argparse.ArgumentParser) -> None:
-    """--route and --show-routes, spelled alike in every command."""
+def add_route_argument(parser: argparse.ArgumentParser) -> None:
+    """--route, spelled alike in every command."""
     parser.add_argument(
         "--route",
         type=_route,
-        help="auto (the routers decide), full, sparse, or the full layers as in 0,2,6-8. Default: the model's config",
+        help="auto (the routers decide), full, sparse, or the full layers as in 0,2,6-8. Default: FLUX_MLX_ROUTE, "
+        "else the model's config",
     )
+
+
+def add_route_arguments(parser: argparse.ArgumentParser) -> None:
+    """--route, and --show-routes, spelled alike in every command that shows routes when asked."""
+    add_route_argument(parser)
     parser.add_argument("--show-routes", action="store_true", help="Print which layers were full and which sparse")
 
 
@@ -217,7 +223,7 @@ def load_draft(path: str, tokenizer: Any) -> Any:
     Raises:
         ValueError: Its tokenizer is another one than the model's.
     """
-    draft_model, draft_tokenizer, _ = load_without_code(str(find_directory(path)))
+    draft_model, draft_tokenizer, _ = load_without_code(path)
     if draft_tokenizer.vocab_size != tokenizer.vocab_size:
         raise ValueError(
             f"[generate] the draft model's tokenizer must have the model's {tokenizer.vocab_size} tokens, "

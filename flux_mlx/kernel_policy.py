@@ -4,7 +4,7 @@ The router's are used wherever they compute: operations take eight times as many
 
 A variant of a kernel (operation, dtype, head dim, rows) is compared with the specification at its first use
 (`flux_mlx.kernel_self_test`). A mismatch, a failed compile or a failed load means operations from then on, one warning,
-and a count in `flux_mlx.doctor`.
+and a count in `flux_mlx.doctor`. FLUX_MLX_KERNELS=off leaves every call that names no `impl` to operations.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import mlx.core as mx
 
 from flux_mlx import cuda_catalog, cuda_kernels, cuda_router, kernels
+from flux_mlx.environment import kernels_are_on
 from flux_mlx.kernel_self_test import Variant, self_test
 from flux_mlx.spec import PatternConfig
 from metal_kernels import catalog, launches
@@ -96,8 +97,7 @@ def choose(q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt
 
 def _cuda_choice(q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None) -> str:
     """ "cuda"; "cuda-portable" if prefill's fastest kernel is wrong on this GPU and the other is not; else "ops"."""
-    if mx.default_device().type != mx.gpu:
-        _decline("the default device is not the GPU")
+    if not _may_use_kernels():
         return "ops"
     variant = cuda_variant_of(q, k, v, pattern, prompt_tokens)
     if variant is not None and variant.operation == "prefill" and expects_to_win("prefill", pattern, k.shape[2]):
@@ -109,10 +109,8 @@ def _cuda_choice(q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, 
 
 def use_cuda_router(dtype: str, head_dim: int) -> bool:
     """Whether the layer router goes to the CUDA kernels, for queries or pooled rows of this dtype and head dim."""
-    if not cuda_kernels.is_available():
+    if not cuda_kernels.is_available() or not _may_use_kernels():
         return False
-    if mx.default_device().type != mx.gpu:
-        return _decline("the default device is not the GPU")
     if "router" in RECORD.switched_off:
         return _decline("router switched off")
     variant = router_variant(dtype, head_dim)
@@ -141,11 +139,16 @@ def without(operation: str) -> Iterator[None]:
 
 def use_metal(q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None = None) -> bool:
     """Whether a sparse call without a named `impl` should go to the Metal kernels."""
-    if not kernels.is_available():
+    if not kernels.is_available() or not _may_use_kernels():
         return False
-    if mx.default_device().type != mx.gpu:
-        return _decline("the default device is not the GPU")
     return _trusts(variant_of(q, k, v, pattern, prompt_tokens), pattern, k.shape[2])
+
+
+def _may_use_kernels() -> bool:
+    """Whether kernels may compute here, whatever the call is; counted if not."""
+    if not kernels_are_on():
+        return _decline("FLUX_MLX_KERNELS is off")
+    return mx.default_device().type == mx.gpu or _decline("the default device is not the GPU")
 
 
 def _trusts(variant: Variant | None, pattern: PatternConfig, kv_tokens: int) -> bool:

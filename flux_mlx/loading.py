@@ -6,22 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.utils import _download
 
 from flux_mlx.model_directory import read_config
+from flux_mlx.model_source import find_directory
 from flux_mlx.safe_loading import load_any_tokenizer, load_flux
-
-
-def find_directory(path_or_hf_repo: str) -> Path:
-    """A local directory, or the download of a hub id.
-
-    Raises:
-        FileNotFoundError: What looks like a path is no directory.
-    """
-    is_hub_id = path_or_hf_repo.count("/") <= 1 and not path_or_hf_repo.startswith((".", "/", "~"))
-    if not is_hub_id and not Path(path_or_hf_repo).is_dir():
-        raise FileNotFoundError(f"[load] no such directory: {path_or_hf_repo}")
-    return Path(_download(path_or_hf_repo))
 
 
 def load(path_or_hf_repo: str | Path, *, lazy: bool = False) -> tuple[nn.Module, Any]:
@@ -36,7 +24,7 @@ def load(path_or_hf_repo: str | Path, *, lazy: bool = False) -> tuple[nn.Module,
 
     Raises:
         FileNotFoundError: No such directory, or no weights in it.
-        ValueError: Not a Flux model, or its settings or weights do not fit.
+        ValueError: Not a Flux model, its settings or weights do not fit, or a variable of the environment is bad.
     """
     directory = find_directory(str(path_or_hf_repo))
     config = read_config(directory)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import sys
 from typing import Any
 
@@ -19,12 +18,13 @@ from mlx_lm.utils import _get_classes
 from flux_mlx.cache import CacheList, describe_routes, trim_noted
 from flux_mlx.cache import routes as taken_routes
 from flux_mlx.callers import refuse_gguf_export, refuse_long_drafts
+from flux_mlx.environment import forced_route, switched_on
 from flux_mlx.families import ATTENTION_MODULES, head_dim, is_routable
 from flux_mlx.routed_attention import RoutedAttention
 from flux_mlx.routed_block import RoutedBlock
 from flux_mlx.router import Affine, LayerRouter
 from flux_mlx.router_training import Samples, TrainableAffine, make_trainable
-from flux_mlx.spec import FluxConfig, Route, parse_route
+from flux_mlx.spec import FluxConfig, Route
 from flux_mlx.spec.config import ROUTER_INFIX, RoutePolicy
 from flux_mlx.token_steps import TokenSteps
 from flux_mlx.window_cache import ROOM_TOKENS
@@ -177,7 +177,7 @@ def _apply(model: nn.Module, config: FluxConfig, fresh: bool) -> nn.Module:
         block.token_steps = TokenSteps()
     model.__class__ = _mixed(FluxModel, type(model))
     model.flux = config
-    model.flux_show = _switched_on("FLUX_MLX_SHOW_ROUTES")
+    model.flux_show = switched_on("FLUX_MLX_SHOW_ROUTES")
     set_route(model, config.route)
     return model
 
@@ -247,16 +247,11 @@ def Model(args: ModelArgs) -> nn.Module:  # noqa: N802 (mlx-lm's loader asks for
     stock_model, stock_args = _get_classes(args.config)
     _check_types(args.config, stock_args)
     model = _apply(stock_model(stock_args.from_dict(args.config)), args.flux, fresh=False)
-    if route := os.environ.get("FLUX_MLX_ROUTE"):
-        set_route(model, parse_route(route))
-    if _switched_on("FLUX_MLX_TRAIN_ROUTERS"):
+    if (route := forced_route()) is not None:
+        set_route(model, route)
+    if switched_on("FLUX_MLX_TRAIN_ROUTERS"):
         model.flux_samples = make_trainable(routed_layers(model).values())
     return model
-
-
-def _switched_on(name: str) -> bool:
-    """Whether a variable of the environment is set, and not to 0."""
-    return os.environ.get(name, "") not in ("", "0")
 
 
 def _check_types(config: dict[str, Any], stock_args: type) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.utils import _download, load_model, load_tokenizer
+from mlx_lm.utils import load_model, load_tokenizer
 
+from flux_mlx.environment import check_environment
 from flux_mlx.model_directory import SHIM_NAME, is_flux_config, read_config, shim_text
+from flux_mlx.model_source import find_directory
 from flux_mlx.models import Model, ModelArgs, routed_layers
 from flux_mlx.spec import RouterConfig
 from flux_mlx.weights import check_routers_digest, check_safetensors, routers_of
@@ -42,7 +44,7 @@ def find_model(path_or_hf_repo: str) -> tuple[Path, dict[str, Any]]:
         FileNotFoundError: No such directory, or no config in it.
         ValueError: It needs code of its own, or its config is damaged.
     """
-    directory = Path(_download(path_or_hf_repo))
+    directory = find_directory(path_or_hf_repo)
     config = read_config(directory)
     check_model_file(directory, config)
     return directory, config
@@ -68,8 +70,10 @@ def load_flux(directory: Path, config: dict[str, Any], *, lazy: bool = False) ->
 
     Raises:
         FileNotFoundError: No weights.
-        ValueError: Damaged weights, or settings or weights that do not fit; the message names the directory.
+        ValueError: Damaged weights, or settings or weights that do not fit; the message names the directory. A bad
+            variable of the environment; the message names that.
     """
+    check_environment()
     files = sorted(directory.glob("model*.safetensors"))
     if not files:
         raise FileNotFoundError(f"[load] {directory} has no weights: expected model*.safetensors.")

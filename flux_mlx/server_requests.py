@@ -133,6 +133,7 @@ class Generator(ResponseGenerator):
     def __init__(self, model_provider: Any, prompt_cache: PromptCache):
         self._pending = _Requests(prompt_cache.log)
         self._loaded: Queue[Exception | None] = Queue()
+        self._finished = threading.Event()
         super().__init__(model_provider, prompt_cache)
 
     def wait_until_loaded(self) -> None:
@@ -151,6 +152,22 @@ class Generator(ResponseGenerator):
         """The base class's own queue is not used."""
 
     def _run_generate(self) -> None:
+        """The base class's thread: it lasts as long as the work, which another one does that never ends.
+
+        At the end of a thread that used `mx.random`, MLX takes the interpreter's lock: after Python's `join` has
+        returned, so the interpreter may be ending by then, and the process aborts.
+        """
+        threading.Thread(target=self._work, daemon=True).start()
+        self._finished.wait()
+
+    def _work(self) -> None:
+        try:
+            self._serve_requests()
+        finally:
+            self._finished.set()
+        threading.Event().wait()
+
+    def _serve_requests(self) -> None:
         try:
             self.model_provider.load_default()  # in this thread, to which lazy arrays of a model belong
         except Exception as error:

@@ -77,7 +77,10 @@ def test_stock_generate_shows_routes_and_obeys_the_environment(directory):
     assert "flux: 2 of 4 routed layers sparse; full: 0,2; sparse: 1,3" in done.stderr
     refused = run("mlx_lm.generate", *arguments, FLUX_MLX_ROUTE="0-x")
     assert refused.returncode
-    assert "expected auto, full, sparse or a list of full layers like 0,2,6-8; got '0-x'" in refused.stderr
+    said = "[FLUX_MLX_ROUTE] expected auto, full, sparse or a list of full layers like 0,2,6-8; got '0-x'"
+    assert said in refused.stderr
+    refused = run("flux_mlx.generate", "--model", str(directory), "-p", PROMPT, FLUX_MLX_ROUTE="0-x")
+    assert refused.stderr.startswith(f"flux_mlx.generate: {said}")
 
 
 def test_the_trust_flag_is_asked_for_by_name(directory):
@@ -167,21 +170,22 @@ def test_a_saved_prompt_cache_is_continued(directory, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model", "{dir}-none"), "none"),
+        (("--model", "{dir}-none"), "[load] {dir}-none is neither a model directory here nor a hub id."),
+        (("--model", "no/hub"), "[load] no/hub is neither a model directory here, nor could the hub give it: "),
         (("--model", "{dir}-stock"), "has no flux section"),
         (("--model", "{dir}", "--route", "9"), "[9] are not routed layers; the model routes layers [0, 1, 2, 3]"),
         (("--model", "{dir}", "--route", "some"), "got 'some'"),
         (("--model", "{dir}", "--max-kv-size", "64"), "--max-kv-size is not supported"),
         (("--model", "{dir}", "-m", "0"), "--max-tokens must not be 0"),
         (("--model", "{dir}", "--chat-template-config", "{{"), "expected a JSON object, got '{'"),
-        (("--model", "{dir}", "--draft-model", "{dir}-none"), "no such directory"),
+        (("--model", "{dir}", "--draft-model", "{dir}-none"), "-none is neither a model directory here nor a hub id."),
         ((), "--model is required"),
     ],
 )
 def test_generate_refuses_in_one_line(directory, arguments, message):
     done = run("flux_mlx.generate", *(word.format(dir=directory) for word in arguments), "-p", "x", HF_HUB_OFFLINE="1")
     assert done.returncode == 2
-    assert message in done.stderr
+    assert message.replace("{dir}", str(directory)) in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -16,7 +16,7 @@ from mlx_lm import generate, load
 from mlx_lm.convert import convert as stock_convert
 from mlx_lm.utils import load_model
 
-from flux_mlx import base_model
+from flux_mlx import base_model, model_source
 from flux_mlx import load as flux_load
 from flux_mlx.base_model import Quantization, default_dtype
 from flux_mlx.convert import build_parser, convert, main, override
@@ -301,12 +301,12 @@ def test_command_line(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_hub_source(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def snapshot(hub_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(hub_id: str, revision: str | None, allow_patterns: list[str]) -> str:
         asked.append((hub_id, revision))
         assert "LICENSE*" in allow_patterns
         return str(plain)
 
-    monkeypatch.setattr(base_model, "snapshot_download", snapshot)
+    monkeypatch.setattr(model_source, "_download", download)
     convert("maker/tiny", tmp_path / "flux", revision="v1")
     assert asked == [("maker/tiny", "v1")]
     assert card_field(tmp_path / "flux", "base_model") == "maker/tiny"
@@ -317,8 +317,8 @@ def test_hub_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def fail(*args: object, **kwargs: object) -> None:
         raise ConnectionError("no network\nand more lines")
 
-    monkeypatch.setattr(base_model, "snapshot_download", fail)
-    with pytest.raises(FileNotFoundError, match=r"not to be had from the hub: no network$"):
+    monkeypatch.setattr(model_source, "_download", fail)
+    with pytest.raises(FileNotFoundError, match=r"nor could the hub give it: no network$"):
         convert("maker/tiny", tmp_path / "flux")
 
 

@@ -190,8 +190,12 @@ RoutePolicy = str | tuple[int, ...]
 MAX_LAYERS = 10_000  # bounds what a mistyped range of layers can ask for
 
 
-def parse_route(text: str) -> RoutePolicy:
+def parse_route(text: str, name: str = "route") -> RoutePolicy:
     """Read a `--route` or `FLUX_MLX_ROUTE` value: auto, full, sparse, or the full layers as "0,2,6" or "0,6-8".
+
+    Args:
+        text: The value.
+        name: What an error calls it.
 
     Returns:
         "auto", "full", "sparse", or the sorted tuple of full layers (every other routed layer is sparse).
@@ -211,7 +215,7 @@ def parse_route(text: str) -> RoutePolicy:
             low, high = 0, -1
         if not low <= high < MAX_LAYERS:
             raise ValueError(
-                f"[route] expected auto, full, sparse or a list of full layers like 0,2,6-8; got {text!r}."
+                f"[{name}] expected auto, full, sparse or a list of full layers like 0,2,6-8; got {text!r}."
             )
         layers.update(range(low, high + 1))
     return tuple(sorted(layers))
