@@ -13,12 +13,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from flux_mlx.packaged_routers import find_routers
 from flux_mlx.smollm2 import fetch_gguf
 
 HERE = Path(__file__).resolve().parent
 DOCUMENT = HERE / "data" / "us_constitution_1787.txt"
 QUESTION = "According to the text, how many Representatives shall Virginia have?"
-ROUTERS = HERE.parent / "flux_mlx" / "data" / "routers" / "smollm2-135m-instruct" / "routers.safetensors"
+MODEL = "smollm2-135m-instruct"
+ROUTERS = find_routers(MODEL) / "routers.safetensors"
 
 
 def run(*command: str, **environment: str) -> None:
@@ -44,7 +46,7 @@ def main() -> None:
     directory = args.models / directory_name(ROUTERS)
     if not directory.is_dir():
         gguf = fetch_gguf(args.models / "download")
-        run("flux_mlx.convert", "--gguf", str(gguf), "--mlx-path", str(directory), "--routers", str(ROUTERS))
+        run("flux_mlx.convert", "--gguf", str(gguf), "--mlx-path", str(directory), "--routers", MODEL)
     document = DOCUMENT.read_text(encoding="utf-8")
     prompt = f"{document}\n\n{QUESTION}"
     print(f"\n{DOCUMENT.name}, {len(document.split())} words. {QUESTION}\n")

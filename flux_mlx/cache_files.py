@@ -54,6 +54,21 @@ def _plain(value: Any) -> Any:
     return vars(value) if hasattr(value, "__dict__") else str(value)
 
 
+def check_target(path: str | Path) -> Path:
+    """The path, if a prompt cache can be written there.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: The name has another ending than .safetensors.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"[save_prompt_cache] the name must end in .safetensors, got {path}.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"[save_prompt_cache] there is no folder {path.parent} to put {path.name} in.")
+    return path
+
+
 def save_prompt_cache(
     path: str | Path, cache: list[Any], model: nn.Module, metadata: dict[str, str] | None = None
 ) -> None:
@@ -66,12 +81,11 @@ def save_prompt_cache(
         metadata: To keep along. Stock commands want "model" and "tokenizer_config" here.
 
     Raises:
-        ValueError: The cache has another number of entries than the model layers, or has dropped keys; or the name has
-            another ending.
+        FileNotFoundError: See `check_target`.
+        ValueError: The cache has another number of entries than the model layers, or has dropped keys; or
+            `check_target` refuses the name.
     """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"[save_prompt_cache] the name must end in .safetensors, got {path}.")
+    path = check_target(path)
     if len(cache) != len(model.layers):
         raise ValueError(f"[save_prompt_cache] {len(cache)} entries for a model of {len(model.layers)} layers.")
     if any(isinstance(entry, CacheList) and entry.is_evicted for entry in cache):

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx_lm.generate import generation_stream
 
 from flux_mlx.cache import describe_routes
-from flux_mlx.cache_files import save_prompt_cache
+from flux_mlx.cache_files import check_target, save_prompt_cache
 from flux_mlx.cuda_settings import prepare_cuda
 from flux_mlx.exact_prefill import DEFAULT_STEP_TOKENS, prefill
 from flux_mlx.generate import add_route_arguments, load_model, progress_bar
@@ -57,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare_cuda()
     parser = build_parser()
     args = parser.parse_args(argv)
+    try:
+        check_target(args.prompt_cache_file)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     model, tokenizer = load_model(parser, args)
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     if tokenizer.has_chat_template:

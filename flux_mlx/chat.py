@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from flux_mlx.cache import CacheList, can_trim, describe_routes, tokens_held
 from flux_mlx.cuda_settings import prepare_cuda
-from flux_mlx.generate import add_kv_policy_argument, add_route_arguments, load_model, sampler_of
+from flux_mlx.generate import add_kv_policy_argument, add_route_arguments, describe_stock_flags, load_model, sampler_of
 from flux_mlx.stream import stream_generate, warn_if_too_long
 
 HELP = "q  exit    r  reset the conversation    h  this help"
@@ -27,6 +27,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser = stock_arg_parser()
     parser.description = "Chat with a Flux model."
     parser.set_defaults(model=None)
+    describe_stock_flags(parser)
     add_route_arguments(parser)
     add_kv_policy_argument(parser)
     return parser
@@ -147,8 +148,6 @@ def main() -> None:
     prepare_cuda()
     parser = setup_arg_parser()
     args = parser.parse_args()
-    if args.pipeline:
-        parser.error("--pipeline is not supported by Flux models")
     mx.random.seed(args.seed)
     model, tokenizer = load_model(parser, args)
     if not tokenizer.has_chat_template:

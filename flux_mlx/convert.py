@@ -35,6 +35,7 @@ from flux_mlx.model_directory import (
     shim_text,
 )
 from flux_mlx.models import apply, routed_layers
+from flux_mlx.packaged_routers import find_routers, packaged_names
 from flux_mlx.spec import FluxConfig, PatternConfig, RouterConfig
 from flux_mlx.spec.config import PATTERNS
 from flux_mlx.weights import (
@@ -111,6 +112,18 @@ def _set_routers(model: nn.Module, flux: FluxConfig, checkpoint: RouterCheckpoin
     return f"routers: {len(layers)} of {len(model.layers)} layers, {made}, float32."
 
 
+def _route_line(flux: FluxConfig, layers: list[int], is_fresh: bool) -> str:
+    """Which of the routed layers will be full, in a line."""
+    if flux.route == "auto" and is_fresh:
+        stays = "every layer stays full and nothing is saved; " if flux.router.init_bias > 0 else ""
+        return f"route: auto, but routers are fresh and untrained: {stays}give --routers or --route."
+    if flux.route == "auto":
+        return "route: auto, the routers decide by each prompt."
+    full = {"full": layers, "sparse": []}[flux.route] if isinstance(flux.route, str) else flux.route
+    shown = f"full layers {', '.join(map(str, full))}" if full else "no full layer"
+    return f"route: {shown}; {len(layers) - len(full)} of {len(layers)} sparse."
+
+
 def _write(part: Path, directory: Path, model: nn.Module, config: dict[str, Any], card: str) -> None:
     """Write the files of a Flux model directory; tokenizer and licence come from `directory`."""
     part.mkdir()
@@ -140,7 +153,8 @@ def convert(
     Args:
         source: Model directory (a Flux one or a published checkpoint too), hub id, or Llama GGUF.
         out: New directory.
-        routers: Router file or directory of them; None takes the source's own, and fresh ones if it has none.
+        routers: Router file, directory of them, or name of packaged ones; None takes the source's own, and fresh
+            ones if it has none.
         settings: What to change in the settings, by the names of `FLAGS`. Unchanged ones come from the router file,
             then from a Flux source, then from the defaults.
         seed: Seed of fresh routers.
@@ -158,13 +172,14 @@ def convert(
         ValueError: Anything else that is wrong with them; the message says what.
     """
     override(FluxConfig(), settings or {})
-    given = read_routers(routers) if routers else None
+    given = read_routers(find_routers(routers)) if routers else None
     with building(Path(out)) as part, source_directory(str(source), dtype, part.parent, revision) as (directory, base):
         checkpoint = read_routers(directory) if given is None and has_routers(directory) else given
         flux = override(_own_settings(directory, checkpoint), settings or {})
         model, config, changes = _base_weights(directory, given, dtype, quantization, dequantize)
         apply(model, flux)
         changes.append(_set_routers(model, flux, checkpoint, seed))
+        changes.append(_route_line(flux, sorted(routed_layers(model)), is_fresh=checkpoint is None))
         changes.append(
             f"sparse layers: {flux.pattern.name}, block {flux.pattern.block_size}, sink "
             f"{flux.pattern.sink_tokens}, window {flux.pattern.window_tokens} tokens."
@@ -218,7 +233,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", choices=MODEL_CONVERSION_DTYPES, help="of the weights (default: float32 on a CPU, else the source's)"
     )
     parser.add_argument(
-        "--routers", help="router file, or directory of a Flux or published checkpoint (default: fresh)"
+        "--routers",
+        help="router file, directory of a Flux or published checkpoint, or packaged routers: "
+        f"{', '.join(packaged_names())} (default: the source's own, else fresh)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of fresh routers (default: 0)")
     _add_flux_flags(parser)
@@ -245,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     print("\n".join(changes))
-    print(f"Wrote {args.mlx_path}. Try: mlx_lm.generate --model {args.mlx_path} --trust-remote-code --prompt Hello")
+    print(f"Wrote {args.mlx_path}. Try: flux_mlx.generate --model {args.mlx_path} --show-routes --prompt Hello")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,11 @@ from flux_mlx.safe_loading import load_without_code
 from flux_mlx.spec import parse_route
 from flux_mlx.stream import stream_generate, warn_if_too_long
 
-UNSUPPORTED = ("image", "quantize_activations", "max_kv_size")
+UNSUPPORTED = ("image", "quantize_activations", "max_kv_size", "pipeline")
+FLAG_HELP = {
+    "model": "Flux model directory, made by flux_mlx.convert, or hub id of one",
+    "trust_remote_code": "taken for likeness with mlx-lm, and without effect: no model's own code is run",
+}
 QUERY = "<query>"
 
 
@@ -34,9 +38,19 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     """mlx_lm.generate's parser with our flags added."""
     parser = stock_arg_parser()
     parser.description = "Generate text with a Flux model: every layer routed on the whole prompt."
+    describe_stock_flags(parser)
     add_route_arguments(parser)
     add_kv_policy_argument(parser)
     return parser
+
+
+def describe_stock_flags(parser: argparse.ArgumentParser) -> None:
+    """Make the help of mlx-lm's flags say what they do here; those that `load_model` refuses are left out of it."""
+    for action in parser._actions:
+        if action.dest in UNSUPPORTED:
+            action.help = argparse.SUPPRESS
+        elif action.dest in FLAG_HELP:
+            action.help = FLAG_HELP[action.dest]
 
 
 def template_settings(parser: argparse.ArgumentParser, text: str | None) -> dict[str, Any]:

@@ -206,3 +206,14 @@ def test_the_commands_save_check_and_go_on(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         generate()
     assert "was changed: expected SHA-256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("cache.bin", "the name must end in .safetensors, got "), ("none/cache.safetensors", "there is no folder ")],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_model_is_loaded(tmp_path, capsys, name, message):
+    with pytest.raises(SystemExit) as refused:
+        main_cache_prompt(["--model", "/nowhere", "--prompt", "x", "--prompt-cache-file", str(tmp_path / name)])
+    assert refused.value.code == 2
+    assert f"flux_mlx.cache_prompt: [save_prompt_cache] {message}" in capsys.readouterr().err

@@ -189,6 +189,22 @@ def test_generate_refuses_in_one_line(directory, arguments, message):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_the_help_says_what_the_flags_do_here(command):
+    said = " ".join(importlib.import_module(f"flux_mlx.{command}").setup_arg_parser().format_help().split())
+    for flag in ("--image", "--max-kv-size", "--quantize-activations", "-qa", "--pipeline", "Llama-3.2"):
+        assert flag not in said
+    assert "Flux model directory, made by flux_mlx.convert" in said
+    assert "without effect: no model's own code is run" in said
+
+
+def test_chat_refuses_what_its_help_leaves_out(directory):
+    for flags in (("--pipeline",), ("--max-kv-size", "64")):
+        done = run("flux_mlx.chat", "--model", str(directory), *flags)
+        assert done.returncode == 2
+        assert f"{flags[0]} is not supported by Flux models" in done.stderr
+
+
 @pytest.mark.parametrize("command", ["generate", "chat", "cache_prompt", "server", "benchmark"])
 def test_every_command_makes_room_for_many_shapes_on_cuda(command, monkeypatch):
     first, *others = CUDA_SETTINGS

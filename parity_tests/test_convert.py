@@ -21,6 +21,7 @@ from flux_mlx import load as flux_load
 from flux_mlx.base_model import Quantization, default_dtype
 from flux_mlx.convert import build_parser, convert, main, override
 from flux_mlx.model_directory import CARD_NAME, SHIM_NAME, card_field, shim_text
+from flux_mlx.packaged_routers import find_routers, packaged_names
 from flux_mlx.spec import FluxConfig, PatternConfig, RouterConfig
 from flux_mlx.weights import INDEX_NAME, fresh_routers, read_routers, write_routers
 from parity_tests.tiny_gguf import TinyLlama, write_tiny_directory
@@ -292,7 +293,38 @@ def test_command_line(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     flux = FluxConfig.from_dict(read_config(out)["flux"])
     assert flux == FluxConfig(PatternConfig("triangle", block_size=16, threshold=0.5), route=(1,))
     assert read_config(out)["quantization"]["bits"] == 8
-    assert "--trust-remote-code" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "route: full layers 1; 2 of 3 sparse." in said
+    assert f"flux_mlx.generate --model {out} " in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({}, "auto, but routers are fresh and untrained: every layer stays full and nothing is saved; give --routers"),
+        ({"init_bias": -1.0}, "auto, but routers are fresh and untrained: give --routers or --route."),
+        ({"route": "full"}, "full layers 0, 1, 2; 0 of 3 sparse."),
+        ({"route": "sparse"}, "no full layer; 3 of 3 sparse."),
+        ({"route": "0,2"}, "full layers 0, 2; 1 of 3 sparse."),
+    ],
+)
+def test_what_is_said_of_the_route(settings: dict, line: str, plain: Path, tmp_path: Path) -> None:
+    changes = convert(plain, tmp_path / "flux", settings=settings)
+    assert [change for change in changes if change.startswith(f"route: {line}")]
+
+
+def test_what_is_said_of_routers_that_decide(plain: Path, routers_file: Path, tmp_path: Path) -> None:
+    changes = convert(plain, tmp_path / "flux", routers=routers_file)
+    assert "route: auto, the routers decide by each prompt." in changes
+
+
+def test_packaged_routers_are_found_by_name(plain: Path, tmp_path: Path) -> None:
+    assert packaged_names() == ["smollm2-135m-instruct"]
+    assert len(read_routers(find_routers("smollm2-135m-instruct")).routers) == 30
+    with pytest.raises(ValueError, match="router"):  # of another model, but found
+        convert(plain, tmp_path / "flux", routers="smollm2-135m-instruct")
+    with pytest.raises(FileNotFoundError, match=r"a directory or one of smollm2-135m-instruct, got nobody's\."):
+        convert(plain, tmp_path / "flux", routers="nobody's")
 
 
 # The hub and the shim

@@ -96,7 +96,7 @@ def test_bad_source(case: str, plain: Path, tmp_path: Path, capsys: pytest.Captu
         ("--pattern spiral", "name must be one of"),
         ("--pattern xattention --block-size 24", "stride must divide block_size"),
         ("--pool-tokens many", "invalid int value: 'many'"),
-        ("--routers /nowhere/routers.safetensors", "no such file: /nowhere/routers.safetensors"),
+        ("--routers /nowhere/routers.safetensors", "one of smollm2-135m-instruct, got /nowhere/routers.safetensors"),
         ("--dtype int8", "invalid choice: 'int8'"),
         ("-q --q-group-size 7", "no weight can be quantised in groups of 7"),
         ("-q --q-mode mxfp4 --quant-predicate mixed_3_6", "goes with --q-mode affine"),
