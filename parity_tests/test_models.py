@@ -257,7 +257,7 @@ def test_bad_input_is_refused_by_name(monkeypatch):
         ModelArgs.from_dict({"model_type": "llama"})
     config = {**tiny_config("llama"), "flux": FluxConfig().to_dict()}
     monkeypatch.setenv("FLUX_MLX_ROUTE", "most")
-    with pytest.raises(ValueError, match=r"\[route\] expected auto, full, sparse or a list of full layers.*'most'"):
+    with pytest.raises(ValueError, match=r"\[FLUX_MLX_ROUTE\] expected auto, full, sparse or a list of full.*'most'"):
         Model(ModelArgs.from_dict(config))
     apply(stock_model(), FluxConfig())  # the environment speaks to loaders only
 
