@@ -132,8 +132,9 @@ def drift() -> str:
     """The end of the introduction's last sentence, and a table: what benchmarks/prefix_drift.py found."""
     found = json.loads(DRIFT.read_text("utf-8"))
     lines = [
-        f"on SmolLM2-135M with routers of a window of 1,024, before those that ship "
-        f"({found['samples']} samples, documents of {found['document_tokens']:.0f} tokens on average, {found['hardware']}; "
+        "on SmolLM2-135M with routers of a window of 1,024, before those that ship "
+        f"({found['samples']} samples, documents of {found['document_tokens']:.0f} tokens on average, "
+        f"{found['hardware']}; "
         "[figures and command](../benchmarks/prefix_drift.json)):",
         "",
         "| prefill | layers routed as in the cold run | sparse layers | answer NLL, nats a token | minus cold run's |",
