@@ -12,6 +12,8 @@ from cuda_reference.data_tasks import TaskMaker
 
 SPLITS = ("valid", "test", "ood")
 """Held-out samples: "valid" for what is chosen by results, "test" for what is reported, "ood" of unseen forms."""
+REPORTED = ("test", "ood")
+"""The splits that are evaluated unless others are asked for."""
 KEY_FORMS = ("keys", "keys4", "keys3", "keys2")
 """Forms of "multi" from the hardest on: ten facts of one form, four, three, two."""
 KINDS = {
@@ -68,7 +70,7 @@ class Cell:
 
 
 def default_cells(
-    lengths: Sequence[int], kinds: Sequence[str] = tuple(KINDS), splits: Sequence[str] = ("test", "ood")
+    lengths: Sequence[int], kinds: Sequence[str] = tuple(KINDS), splits: Sequence[str] = REPORTED
 ) -> list[Cell]:
     """Every kind at every length, and retrieval out of domain; the longest samples first."""
     found = []

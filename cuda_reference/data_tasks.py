@@ -76,7 +76,7 @@ class TaskMaker:
         depth = float(rng.random()) if depth is None else depth
         chat = bool(rng.random() < 0.6)
         if task == "single":
-            return self._needle(rng, tokens, chat, depth, others=0, form=form)
+            return self._needle(rng, tokens, chat, depth, others=0, magic=form == "magic", bare=form == "bare")
         if task == "multi":
             hops = form == "hops" or (not form and rng.random() < 0.4)
             if hops:
@@ -93,10 +93,18 @@ class TaskMaker:
         return (forms[0], "digits") if magic or rng.random() < PLAINEST_SHARE else (form, kind)
 
     def _needle(
-        self, rng: np.random.Generator, tokens: int, chat: bool, depth: float, others: int, form: str = ""
+        self,
+        rng: np.random.Generator,
+        tokens: int,
+        chat: bool,
+        depth: float,
+        others: int,
+        *,
+        magic: bool = False,
+        bare: bool = False,
     ) -> Sample:
         """One fact to find; with `others`, facts of the same form about other keys are the wrong candidates."""
-        bare, (form, kind) = form == "bare", self._form(rng, form == "magic")
+        form, kind = self._form(rng, magic)
         values = self.words.values(rng, kind, CANDIDATES)
         keys = self._keys(rng, 1 + others)
         if tokens < 1024 and others:
@@ -144,12 +152,12 @@ class TaskMaker:
             window, breaks = self._filler(rng, room - sum(map(len, pieces)))
             return insert(window, breaks, pieces, depths)
 
-        lead, begin = asked.lead, "" if chat and self.writer.has_template else "Answer:"
+        begin = "" if chat and self.writer.has_template else "Answer:"
+        lead = f"{begin} {asked.lead}" if begin else asked.lead
         if bare or (self.split == "train" and rng.random() < BARE_SHARE):
-            first = self.writer.encode(f" {lead}" if begin else lead)
+            first = self.writer.encode(lead.removeprefix(begin))
             candidates = tuple(np.concatenate([first, value]) for value in candidates)
-            lead = ""
-        lead = f"{begin} {lead}" if begin and lead else begin or lead
+            lead = begin
         prompt = self.writer.prompt(head, body, tail, lead, tokens=tokens - len(candidates[0]), chat=chat)
         whole = np.concatenate([prompt, candidates[0]])
         return Sample(whole, len(prompt), asked.task, candidates, depth, asked.form)

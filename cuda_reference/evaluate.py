@@ -20,7 +20,17 @@ from typing import Any
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from cuda_reference.cells import KEY_FORMS, KINDS, SPLITS, Cell, default_cells, samples_of, shard_of, with_form
+from cuda_reference.cells import (
+    KEY_FORMS,
+    KINDS,
+    REPORTED,
+    SPLITS,
+    Cell,
+    default_cells,
+    samples_of,
+    shard_of,
+    with_form,
+)
 from cuda_reference.checkpoints import flux_config
 from cuda_reference.contenders import Contender, router_contenders, static_contender
 from cuda_reference.data import make_corpora
@@ -169,7 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--splits",
         nargs="*",
-        default=["test", "ood"],
+        default=list(REPORTED),
         choices=list(SPLITS),
         help="ood: unseen forms; valid: for choices",
     )

@@ -12,12 +12,10 @@ from benchmarks import training_pools
 from benchmarks.training_pools import Pools
 from cuda_reference.calibration import pooled_queries
 from cuda_reference.data_packing import pack
-from cuda_reference.data_prompts import Sample
+from cuda_reference.data_prompts import RETRIEVAL, TASKS, Sample
 from cuda_reference.recipe import load_recipe
 from cuda_reference.train import load_model
 from parity_tests.tiny_training import write_corpus, write_model
-
-TASKS = ("single", "multi", "aggregation", "code", "icl", "document")
 
 
 def test_it_pools_what_the_routers_pool(tmp_path):
@@ -40,7 +38,7 @@ def test_the_command_writes_a_row_for_each_size(tmp_path, monkeypatch):
     monkeypatch.setattr("cuda_reference.data_text.default_roots", lambda: {"site": tmp_path / "corpus"})
     write_corpus(tmp_path / "corpus")
     write_model(tmp_path / "model", layers=3)
-    masks = [f"start.{task}={[0, 1] if task in ('single', 'multi') else [1]}" for task in TASKS]
+    masks = [f"start.{task}={[0, 1] if task in RETRIEVAL else [1]}" for task in TASKS]
     arguments = ["--model", str(tmp_path / "model"), "--json", str(tmp_path / "p.json"), "--sizes", "8", "40"]
     arguments += ["--samples", "12", "--others", "4", "--lengths", "1700", "1800"]
     training_pools.main([*arguments, "--set", "start_layers=3", "data.text_chars=200000", *masks])
