@@ -42,7 +42,7 @@ STEPS = {
             "encoded", "encoder_2_bias", "head_0_weight", "head_0_bias", "head_2_weight", "head_2_bias",
             "head_4_weight", "head_4_bias", "tickets",
         ),
-        ("sparse", "logits", "work"),
+        ("route", "logits", "work"),
     ),
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from flux_mlx import cuda_catalog, streaming
 from flux_mlx.cuda_catalog import Device, Launch
@@ -28,6 +29,7 @@ Prepared = Callable[[list[mx.array], Sequence[int]], list[mx.array]]  # of input
 Run = Callable[[Launch], Prepared]
 
 FAMILIES = {"cuda": None, "cuda-portable": "portable"}  # compiled kernels that an `impl` allows; None: any
+_SHARED_BYTES = 8  # `small_block_size` of MLX's CUDA allocator
 CACHE_STEP_TOKENS = 256  # stock caches grow by so many tokens; one that is full is dense
 _HOPPER = Device(9, 0, 132, 50 << 20)  # an H100 with every multiprocessor that NVIDIA sells
 _ATTRIBUTES = {"multiprocessors": 16, "l2_bytes": 38}  # CUdevice_attribute of the driver
@@ -88,12 +90,32 @@ def cuda_run(launch: Launch) -> Prepared:
     return lambda inputs, late=(): call(inputs=inputs, scalars=[*scalars, *late], **options)
 
 
+def rows_on_device(rows: int, row_bytes: int) -> int:
+    """`rows`, or as many as an array of rows of `row_bytes` must have for MLX to keep it in the GPU's own memory.
+
+    Up to 8 bytes go to a pool that host and GPU share: once the host has read there, the GPU's next write waits for
+    the page, ten times as long as a small kernel takes. So kernels write to, and read from, larger buffers.
+    """
+    return max(rows, _SHARED_BYTES // row_bytes + 1)
+
+
+def device_array(values: Sequence[Any]) -> mx.array:
+    """The host's int32 rows `[B, ...]` in the GPU's own memory: the first B of `rows_on_device`. Waits for the device.
+
+    Host memory would be fetched page by page.
+    """
+    rows = np.array(values, np.int32)
+    held = rows_on_device(len(rows), rows[0].nbytes)
+    by_host = mx.array(np.resize(rows, (held, *rows.shape[1:])))
+    by_device = (by_host + 0)[: len(rows)]
+    mx.eval(by_device)  # `by_host` is still there: MLX would have added in place, in the host's memory
+    return by_device
+
+
 @cache
 def _route_codes(codes: tuple[int, ...]) -> mx.array:
-    """Known routes as int32 `[B]` in the GPU's own memory, made once: host memory would be fetched page by page."""
-    route = mx.array(codes, mx.int32) + 0
-    mx.eval(route)
-    return route
+    """Known routes as int32 `[B]` on the device, made once."""
+    return device_array(codes)
 
 
 def _route_of_all(route: mx.array | tuple[int, ...]) -> int:

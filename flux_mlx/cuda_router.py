@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from flux_mlx import cuda_catalog, cuda_kernels
 from flux_mlx.cuda_catalog import Device, Launch
-from flux_mlx.cuda_kernels import Run, cuda_run, ticket_slots
+from flux_mlx.cuda_kernels import Run, cuda_run, device_array, rows_on_device, ticket_slots
 from flux_mlx.kernels import dtype_name
 from flux_mlx.spec import RouterConfig
 from metal_kernels.catalog import ROUTER_PARAMETERS
@@ -63,7 +63,7 @@ def decide(
         parameters: The router's, float32, in the order of `metal_kernels.catalog.ROUTER_PARAMETERS`.
 
     Returns:
-        (bool `[B]`: SPARSE; logits float32 `[B, 2]`).
+        (int32 `[B]`, codes of `flux_mlx.spec.Route`; logits float32 `[B, 2]`).
 
     Raises:
         ValueError: Shapes or dtypes that the kernels do not take.
@@ -83,8 +83,8 @@ def decide(
     encode, head = _network_launches(cuda_kernels.device(), tuple(prefix.shape))
     (encoded,) = run(encode)([prefix, recent, _on_device(counts), first_weight, first_bias, second_weight], ())
     tickets, slots = ticket_slots(B)
-    sparse, logits, _ = run(head)([encoded, *rest, tickets], (next(slots),))
-    return sparse, logits
+    route, logits, _ = run(head)([encoded, *rest, tickets], (next(slots),))
+    return route[:B], logits[:B]  # in place
 
 
 def _check_parameters(parameters: Sequence[mx.array], head_dim: int) -> None:
@@ -101,10 +101,8 @@ def _parameter_shapes(head_dim: int) -> list[tuple[int, ...]]:
 
 @lru_cache(maxsize=256)
 def _on_device(counts: Counts) -> mx.array:
-    """The counts as int32 `[B, 2]` in the GPU's own memory: nearly all prompts are longer than what is pooled."""
-    on_device = mx.array(counts, mx.int32) + 0
-    mx.eval(on_device)
-    return on_device
+    """The counts as int32 `[B, 2]`, made once: nearly all prompts are longer than what is pooled."""
+    return device_array(counts)
 
 
 @lru_cache
@@ -136,8 +134,8 @@ def _network_launches(where: Device, rows: tuple[int, ...]) -> tuple[Launch, Lau
         Launch(
             decide_,
             (head_blocks, B, 1),
-            ((B,), (B, 2), (B, head_blocks, D)),
-            ("bool_", "float32", "float32"),
+            ((rows_on_device(B, 4),), (rows_on_device(B, 8), 2), (B, head_blocks, D)),
+            ("int32", "float32", "float32"),
             (("encoder_blocks", encoder_blocks), ("channels", D)),
         ),
     )

@@ -92,19 +92,36 @@ def choose(q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt
     """
     if use_metal(q, k, v, pattern, prompt_tokens):
         return "metal"
-    return _cuda_choice(q, k, v, pattern, prompt_tokens) if cuda_kernels.is_available() else "ops"
+    return _cuda_choice(q, k, v, pattern, prompt_tokens, k.shape[2]) if cuda_kernels.is_available() else "ops"
 
 
-def _cuda_choice(q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None) -> str:
+def choose_undecided(q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int) -> str:
+    """Which `impl` takes a call of exact prefill whose route only the device knows; "ops": the host has to read it.
+
+    The kernels compute full attention as fast as stock's does, so a call goes to them wherever a sparse one would.
+
+    Args:
+        q: `[1, HQ, L, D]`.
+        k: `[1, HKV, L, D]`, the new keys.
+        v: As k.
+        pattern: Of the layer.
+        prompt_tokens: Keys that the cache will hold: all calls of a prompt go the same way.
+    """
+    return _cuda_choice(q, k, v, pattern, prompt_tokens, prompt_tokens) if cuda_kernels.is_available() else "ops"
+
+
+def _cuda_choice(
+    q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None, kv_tokens: int
+) -> str:
     """ "cuda"; "cuda-portable" if prefill's fastest kernel is wrong on this GPU and the other is not; else "ops"."""
     if not _may_use_kernels():
         return "ops"
     variant = cuda_variant_of(q, k, v, pattern, prompt_tokens)
-    if variant is not None and variant.operation == "prefill" and expects_to_win("prefill", pattern, k.shape[2]):
+    if variant is not None and variant.operation == "prefill" and expects_to_win("prefill", pattern, kv_tokens):
         kernel = cuda_catalog.find(variant.dtype, variant.head_dim, pattern.block_size, cuda_kernels.device())
         if kernel.family != "portable" and verdict(variant):
             variant = cuda_variant_of(q, k, v, pattern, prompt_tokens, "cuda-portable") or variant
-    return variant.backend if _trusts(variant, pattern, k.shape[2]) else "ops"
+    return variant.backend if _trusts(variant, pattern, kv_tokens) else "ops"
 
 
 def use_cuda_router(dtype: str, head_dim: int) -> bool:

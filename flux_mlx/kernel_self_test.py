@@ -147,11 +147,10 @@ def _router_error(variant: Variant, run: Any) -> float:
     }
     parameters = [mx.array(weights[name]) for name in ROUTER_PARAMETERS]
     counts = ((P, P), (P - 1, P - 2))
-    sparse, logits = cuda_router.decide(mx.array(prefix), mx.array(recent), counts, parameters, run=run)
+    route, logits = cuda_router.decide(mx.array(prefix), mx.array(recent), counts, parameters, run=run)
     pooled = [np.concatenate([prefix[b, :n], recent[b, P - m :]]).mean(axis=0) for b, (n, m) in enumerate(counts)]
     error = _largest_error([(rows, means), (logits, spec.route_logits(weights, np.stack(pooled)))])
-    said = [Route.SPARSE if is_sparse else Route.FULL for is_sparse in sparse.tolist()]
-    return error if said == spec.decide(np.array(logits)) else float("inf")
+    return error if route.tolist() == spec.decide(np.array(logits)) else float("inf")
 
 
 def _expected_by_row(

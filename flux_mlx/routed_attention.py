@@ -15,10 +15,11 @@ from mlx.utils import tree_map
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
+from flux_mlx import cuda_kernels, kernel_policy
 from flux_mlx.attention import sparse_attention
 from flux_mlx.cache import CacheList
 from flux_mlx.families import project, project_queries, rotate
-from flux_mlx.router import decide, decide_by_kernel, is_sparse, mean_over_heads, pool_queries
+from flux_mlx.router import decide, decide_by_kernel, mean_over_heads, pool_queries, route_codes
 from flux_mlx.router_state import RESTLESS
 from flux_mlx.router_training import Samples, attend_training
 from flux_mlx.short_calls import ShortCalls
@@ -64,7 +65,11 @@ class RoutedAttention:
             return super().__call__(x, mask, cache)
         cache.widen(x.shape[0])
         self.route(x, cache)
-        if self.is_dense(cache, x.shape[1]) or Route.SPARSE not in cache.routes:  # dense calls need no route yet
+        if self.is_dense(cache, x.shape[1]):  # needs no route yet
+            return super().__call__(x, mask, cache.kv)
+        if (out := self.attend_undecided(x, cache)) is not None:
+            return out
+        if Route.SPARSE not in cache.routes:
             return super().__call__(x, mask, cache.kv)
         return self.attend(x, mask, cache)
 
@@ -144,8 +149,8 @@ class RoutedAttention:
 
     def decide(self, cache: CacheList, fed: list[bool]) -> None:
         """Let the router decide the rows that were fed. The decision stays on the device until it is needed."""
-        sparse = decide_by_kernel(self.router, *cache.pool_rows()) if self.group is None else None
-        cache.decide(is_sparse(self.route_logits(cache.pooled())) if sparse is None else sparse, fed)
+        codes = decide_by_kernel(self.router, *cache.pool_rows()) if self.group is None else None
+        cache.decide(route_codes(self.route_logits(cache.pooled())) if codes is None else codes, fed)
 
     def query_rows(self, x: mx.array) -> mx.array:
         """Queries before RoPE, averaged over the heads of all ranks: `[1, L, hidden]` to float32 `[L, D]`."""
@@ -177,6 +182,25 @@ class RoutedAttention:
         """Queries, keys and values `[B, H, L, D]` of `[B, L, hidden]`, rotated for tokens from `offset` on."""
         q, k, v = (part.swapaxes(1, 2) for part in project(self, x))
         return rotate(self, q, offset), rotate(self, k, offset), v
+
+    def attend_undecided(self, x: mx.array, cache: CacheList) -> mx.array | None:
+        """Attention of exact prefill by a route that only the device knows, `[1, L, hidden]`.
+
+        None where there is no such route, or no kernel that takes it: then the host has to read it.
+        """
+        kv, pattern = cache.kv, self.flux.pattern
+        codes = cache.undecided() if cache.stays_undecided and type(kv) is KVCache else None
+        if codes is None or self.group is not None or not cuda_kernels.is_available():
+            return None
+        q, k, v = self.project_at(x, kv.offset)
+        impl = kernel_policy.choose_undecided(q, k, v, pattern, cache.pinned)
+        if impl == "ops":
+            return None
+        kv.update_and_fetch(k, v)
+        sizes = {"prompt_tokens": cache.pinned, "scale": self.scale, "kv_tokens": kv.offset}
+        family = cuda_kernels.FAMILIES[impl]
+        out, _ = cuda_kernels.routed_attention(q, kv.keys, kv.values, codes, pattern, family=family, **sizes)
+        return self.o_proj(out.swapaxes(1, 2).reshape(1, x.shape[1], -1))
 
     def attend_batch(self, q: mx.array, cache: CacheList) -> mx.array | None:
         """Attention of a short call of a batch without padding, `[B, L, hidden]`; None if no kernel takes all rows."""

@@ -78,7 +78,7 @@ def mean_over_heads(queries: mx.array) -> mx.array:
 
 
 def decide_by_kernel(router: LayerRouter, prefix: mx.array, recent: mx.array, counts: Counts) -> mx.array | None:
-    """`is_sparse` of `router` for what a cache holds (`flux_mlx.cuda_router.decide`); None where no kernel says it."""
+    """`route_codes` of `router` for what a cache holds, by `flux_mlx.cuda_router`; None where no kernel says it."""
     if prefix.dtype != mx.float32 or not kernel_policy.use_cuda_router("float32", prefix.shape[2]):
         return None
     parameters = router.affine_parameters()
@@ -95,6 +95,11 @@ def is_sparse(logits: mx.array) -> mx.array:
     return logits[:, 0] >= logits[:, 1]
 
 
+def route_codes(logits: mx.array) -> mx.array:
+    """`is_sparse` as codes of `Route`, int32 `[B]`."""
+    return mx.where(is_sparse(logits), int(Route.SPARSE), int(Route.FULL))
+
+
 def decide(logits: mx.array) -> list[Route]:
-    """`is_sparse` as routes. Waits for the logits."""
-    return [Route.SPARSE if sparse else Route.FULL for sparse in is_sparse(logits).tolist()]
+    """The routes. Waits for the logits."""
+    return [Route(code) for code in route_codes(logits).tolist()]

@@ -10,7 +10,8 @@ A row of zeros, as stock code makes for new rows, means: nothing known, compute 
 
 The counters are kept on the host; the one thing that only the device knows is a decision just made. It stays there
 until somebody asks for the route. Nobody does while sink and window hold every key. So the calls of a single row are
-only noted, and looked at when somebody asks: a short prompt pays for no router.
+only noted, and looked at when somebody asks: a short prompt pays for no router. Kernels that take a route from the
+device do not ask: see `RouterState.undecided`.
 """
 
 from __future__ import annotations
@@ -53,13 +54,12 @@ class Bound(IntEnum):
 class Decision(NamedTuple):
     """What the router said, not read yet."""
 
-    sparse: mx.array  # bool [B]
+    codes: mx.array  # int32 [B], of Route
     fed: list[bool]  # rows that it counts for; the others keep their route
 
     def read(self) -> list[Route | None]:
         """The rows' new routes, None where they keep theirs. Waits for the device."""
-        taken = zip(self.sparse.tolist(), self.fed, strict=True)
-        return [(Route.SPARSE if sparse else Route.FULL) if fed else None for sparse, fed in taken]
+        return [Route(code) if fed else None for code, fed in zip(self.codes.tolist(), self.fed, strict=True)]
 
 
 class Call:
@@ -108,6 +108,7 @@ class RouterState:
     _decision: Decision | None = None  # newer than the host's routes
     _routes: list[Route] | None = None  # the routes, read
     inputs: mx.array | None = None  # what the newest pooled queries are computed from, until they are
+    stays_undecided = False  # exact prefill reads this prompt's decision later: until then it may stay on the device
     is_idle = False  # a further call that is too short to be pooled changes nothing here
 
     @property
@@ -167,9 +168,8 @@ class RouterState:
             return
         counters = mx.array(self._host)
         if self._decision is not None:
-            codes = mx.where(self._decision.sparse, int(Route.SPARSE), int(Route.FULL))
-            codes = mx.where(mx.array(self._decision.fed), codes, counters[:, Counter.ROUTE])
-            counters = mx.concatenate([codes[:, None].astype(mx.int32), counters[:, Counter.ROUTE + 1 :]], axis=1)
+            codes = mx.where(mx.array(self._decision.fed), self._decision.codes, counters[:, Counter.ROUTE])
+            counters = mx.concatenate([codes[:, None], counters[:, Counter.ROUTE + 1 :]], axis=1)
         self.caches[1][0] = counters
         self._dirty = False
 
@@ -212,10 +212,22 @@ class RouterState:
         """The rows' counters on the host, int32 `[B, 9]`. Waits for the device, for a decision just made too."""
         self._catch_up()
         if self._decision is not None:
-            for row, route in zip(self._rows, self._decision.read(), strict=True):
-                row[Counter.ROUTE] = row[Counter.ROUTE] if route is None else route
-            self._decision = self.inputs = None  # now: who interrupts the wait can ask again
+            self.learn(self._decision.read())
         return self._rows
+
+    def learn(self, routes: list[Route | None]) -> None:
+        """Take what the newest decision says, of each row, once somebody has read it."""
+        for row, route in zip(self._rows, routes, strict=True):
+            row[Counter.ROUTE] = row[Counter.ROUTE] if route is None else route
+        self._decision = self.inputs = None  # now: who interrupts the wait can ask again
+
+    def undecided(self) -> mx.array | None:
+        """The rows' routes as codes, int32 `[B]`, while they are a decision of all rows that nobody read; else None.
+
+        Does not wait for the device.
+        """
+        is_new = self._decision is not None and all(self._decision.fed) and not self._log
+        return self._decision.codes if is_new else None
 
     @property
     def routes(self) -> list[Route]:
@@ -326,11 +338,11 @@ class RouterState:
             rows.append(ends.sum(0) / max(1, used + recent))
         return rows[0][None] if len(rows) == 1 else mx.stack(rows)
 
-    def decide(self, sparse: mx.array, fed: list[bool]) -> None:
+    def decide(self, codes: mx.array, fed: list[bool]) -> None:
         """Take the router's decisions for the rows that were fed; a short later turn only ever goes to FULL.
 
         Args:
-            sparse: bool `[B]`: the router says SPARSE. Not waited for, unless a row's own route matters too.
+            codes: int32 `[B]`: the router's, of `Route`. Not waited for, unless a row's own route matters too.
             fed: The rows that it counts for.
         """
         if self.is_evicted:  # sparse for good: no decision that is waited for has the pools computed
@@ -342,7 +354,7 @@ class RouterState:
             fed = self._hold_full(bound, fed)
         elif not all(fed) and self._decision is not None:
             self.counters  # noqa: B018 (reads the last decision, which some rows keep)
-        self._decision = Decision(sparse, fed)
+        self._decision = Decision(codes, fed)
         self._dirty, self._routes = True, None
 
     def _hold_full(self, bound: np.ndarray, fed: list[bool]) -> list[bool]:
@@ -361,7 +373,7 @@ class RouterState:
     def start_decision(self, beside: Any = ()) -> None:
         """Start computing a decision just made, in one piece of work with arrays that do not depend on it."""
         if self._decision is not None:
-            mx.async_eval(self._decision.sparse, beside)
+            mx.async_eval(self._decision.codes, beside)
 
     def _rewind(self) -> None:
         """Forget what was pooled of tokens that are gone. A layer that dropped keys stays sparse.

@@ -117,9 +117,9 @@ def test_a_router_agrees_with_operations_call_by_call_and_at_once(dtype, head_di
     for _ in range(30):
         found = [cuda_router.decide(prefix, recent, counts, router.affine_parameters()) for router in routers]
         mx.eval(found)
-        for (sparse, logits), (other_sparse, other_logits), expected in zip(found, alone, wanted, strict=True):
+        for (codes, logits), (other_codes, other_logits), expected in zip(found, alone, wanted, strict=True):
             assert mx.array_equal(logits, other_logits).item()
-            assert mx.array_equal(sparse, other_sparse).item()
+            assert mx.array_equal(codes, other_codes).item()
             assert mx.allclose(logits, expected, rtol=1e-2, atol=1e-2).item()  # operations round float32 to TF32
     queries = mx.random.normal((200, 32, head_dim)).astype(getattr(mx, dtype))
     by_kernel, by_operations = cuda_router.mean_over_heads(queries), queries.astype(mx.float32).mean(axis=1)

@@ -62,14 +62,14 @@ def check(case: RouterCase, run: HostCuda) -> int:
     last = slice(case.pool_tokens - held, None)
     for part, rows in ((slice(None, held), prefix[:, :held]), (slice(-held, None), recent[:, last])):
         Reference(means[:, part], baseline[:, part], "float32").check("rows", np.array(rows))
-    sparse, logits = cuda_router.decide(prefix, recent, counts, parameters_of(weights), run=run)
+    codes, logits = cuda_router.decide(prefix, recent, counts, parameters_of(weights), run=run)
     oracle = spec.route_logits(weights, spec.pool_queries(queries, case.pool_tokens))
     pooled = NUMPY.router.pool_queries(queries, case.dtype, case.pool_tokens)
     network_reference(oracle, NUMPY.router.route_logits(weights, pooled)).check("route logits", np.array(logits))
     ties = 0
-    for margin, got, expected in zip(oracle[:, 1] - oracle[:, 0], sparse.tolist(), spec.decide(oracle), strict=True):
+    for margin, got, expected in zip(oracle[:, 1] - oracle[:, 0], codes.tolist(), spec.decide(oracle), strict=True):
         ties += abs(margin) < NEAR_TIE
-        assert abs(margin) < NEAR_TIE or got == (expected == Route.SPARSE)
+        assert abs(margin) < NEAR_TIE or got == expected
     return ties
 
 
@@ -118,15 +118,20 @@ def last_layer(low: float, high: float) -> list[mx.array]:
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "is_sparse"),
-    [(3, 3, True), (3, np.nextafter(np.float32(3), np.float32(9)), False), (np.nan, 3, False), (3, np.nan, False)],
+    ("low", "high", "route"),
+    [
+        (3, 3, Route.SPARSE),
+        (3, np.nextafter(np.float32(3), np.float32(9)), Route.FULL),
+        (np.nan, 3, Route.FULL),
+        (3, np.nan, Route.FULL),
+    ],
 )
-def test_ties_are_sparse_and_what_is_no_number_is_full(low, high, is_sparse):
+def test_ties_are_sparse_and_what_is_no_number_is_full(low, high, route):
     rows = mx.zeros((1, 2, 8))
-    sparse, logits = cuda_router.decide(rows, rows, ((2, 2),), last_layer(low, high), run=HostCuda())
+    codes, logits = cuda_router.decide(rows, rows, ((2, 2),), last_layer(low, high), run=HostCuda())
     np.testing.assert_array_equal(np.array(logits), np.float32([[low, high]]))
-    assert sparse.dtype == mx.bool_
-    assert sparse.tolist() == [is_sparse]
+    assert codes.dtype == mx.int32
+    assert codes.tolist() == [route]
 
 
 def test_a_row_that_pooled_nothing():
@@ -164,6 +169,43 @@ def test_launches():
     assert encode.output_shapes == ((2, 64, 256),)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_kernels_write_to_the_gpu_s_own_memory_only(batch):
+    """MLX keeps arrays of up to 8 bytes in a pool that host and GPU share; a slice is where the whole array is."""
+    launches = []
+
+    def run(launch):
+        def call(inputs, late):
+            launches.append(launch)
+            return [
+                mx.zeros(x, getattr(mx, y)) for x, y in zip(launch.output_shapes, launch.output_dtypes, strict=True)
+            ]
+
+        return call
+
+    rows = mx.zeros((batch, 2, 8))
+    cuda_router.mean_over_heads(mx.zeros((1, 2, 4)), run=run)
+    codes, logits = cuda_router.decide(rows, rows, ((2, 1),) * batch, last_layer(0, 1), run=run)
+    assert [launch.kernel.family for launch in launches] == ["router_pool", "router_encode", "router_decide"]
+    for launch in launches:
+        for shape, dtype in zip(launch.output_shapes, launch.output_dtypes, strict=True):
+            assert np.prod(shape) * getattr(mx, dtype).size > 8
+    assert (codes.shape, logits.shape) == ((batch,), (batch, 2))
+
+
+@pytest.mark.parametrize("made_of", [cuda_kernels._route_codes, cuda_router._on_device])
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_what_the_host_gives_to_kernels_is_in_the_gpu_s_own_memory(monkeypatch, batch, made_of):
+    values = ((2,) if made_of is cuda_kernels._route_codes else ((2, 1),)) * batch
+    array, made = mx.array, []
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "array", lambda *args: made.append(array(*args)) or made[-1])
+        given = made_of.__wrapped__(values)
+    np.testing.assert_array_equal(np.array(given), np.int32(values))
+    assert given.dtype == mx.int32
+    assert made[0].nbytes > 8
+
+
 @pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 64), ("float32", 80)])
 def test_self_tests(dtype, head_dim):
     assert self_test(Variant("router", dtype, head_dim, backend="cuda"), HostCuda()) == ""
@@ -175,7 +217,7 @@ def test_a_self_test_sees_a_wrong_result(family, output):
         def call(inputs, late):
             results = HostCuda()(launch)(inputs, late)
             if launch.kernel.family == family:
-                results[output] = ~results[output] if results[output].dtype == mx.bool_ else 1.001 * results[output]
+                results[output] = 3 - results[output] if results[output].dtype == mx.int32 else 1.001 * results[output]
             return results
 
         return call
@@ -340,8 +382,8 @@ def decide_with(mutation: tuple[str, str], schedule: str) -> None:
     expected = spec.route_logits(case.weights(), np.array(mx.stack(pooled)))
     np.testing.assert_allclose(np.array(logits), expected, rtol=1e-4, atol=1e-4)
     for high in (3.0, float("nan")):
-        sparse, _ = cuda_router.decide(prefix, recent, ((6, 6), (3, 2)), last_layer(3.0, high), run=run)
-        assert sparse.tolist() == [high == 3.0] * 2
+        codes, _ = cuda_router.decide(prefix, recent, ((6, 6), (3, 2)), last_layer(3.0, high), run=run)
+        assert codes.tolist() == [Route.SPARSE if high == 3.0 else Route.FULL] * 2
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS)
