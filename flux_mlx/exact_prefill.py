@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ from flux_mlx.cache import CacheList, tokens_held
 from flux_mlx.families import inner_model
 from flux_mlx.models import routed_layers
 from flux_mlx.routed_attention import RoutedAttention, prompt_ends
-from flux_mlx.spec import Route
+from flux_mlx.spec import FluxConfig, Route
 
 DEFAULT_STEP_TOKENS = 2048
 CHUNKS_AHEAD = (
@@ -127,24 +127,27 @@ def _route_layer(layer: nn.Module, entry: CacheList, chunks: list[mx.array]) -> 
         attn.decide(entry, [True])
 
 
-def _chunks(model: nn.Module, tokens: mx.array, offset: int, step: int) -> list[mx.array]:
+def _settings(attns: Iterable[RoutedAttention]) -> list[FluxConfig]:
+    """The settings of routed layers, alike ones once: mostly all layers share them."""
+    return list({id(attn.flux): attn.flux for attn in attns}.values())
+
+
+def _chunks(settings: list[FluxConfig], tokens: mx.array, offset: int, step: int) -> list[mx.array]:
     """The tokens in chunks `[1, .]` of `step`, as stock cuts them.
 
     xattention chooses blocks for whole query blocks: its chunks end at block boundaries, so that the choice does not
     depend on the step.
     """
-    patterns = [attn.flux.pattern for attn in routed_layers(model).values()]
-    block = max((pattern.block_size for pattern in patterns if pattern.name == "xattention"), default=1)
+    block = max((flux.pattern.block_size for flux in settings if flux.pattern.name == "xattention"), default=1)
     step = -(-step // block) * block
     cuts = [0, *range(step - offset % block, tokens.size, step), tokens.size]
     return [tokens[None, start:stop] for start, stop in itertools.pairwise(cuts) if start < stop]
 
 
-def _is_one_stock_call(model: nn.Module, chunks: list[mx.array]) -> bool:
+def _is_one_stock_call(settings: list[FluxConfig], chunks: list[mx.array]) -> bool:
     """Whether stock's call of the whole prompt routes and computes as exact prefill does."""
-    attns = routed_layers(model).values()
-    shortest = max((attn.flux.router.min_prefill_tokens for attn in attns), default=1)
-    is_streaming = all(attn.flux.pattern.name == "streaming" for attn in attns)
+    shortest = max((flux.router.min_prefill_tokens for flux in settings), default=1)
+    is_streaming = all(flux.pattern.name == "streaming" for flux in settings)
     return len(chunks) == 1 and is_streaming and chunks[0].shape[1] >= shortest
 
 
@@ -215,15 +218,22 @@ def prefill(
         CacheList.adopt(entry)
         if not isinstance(getattr(entry, "offset", 0), int):
             raise ValueError("[prefill] the cache must be of one row, got one of a batch.")
-    if kv_bits is not None and any(attn.evicts for attn in routed_layers(model).values()):
+    attns = routed_layers(model)  # once: Python walks the model as long as it builds a layer
+    if kv_bits is not None and any(attn.evicts for attn in attns.values()):
         raise ValueError("[prefill] the KV policy evict does not go with kv_bits: keep all keys, or do not quantise.")
     report = prompt_progress_callback or (lambda done, total: None)
     report(0, len(cache))
-    chunks = _chunks(model, prompt[:-1], tokens_held(cache), prefill_step_size)
+    settings = _settings(attns.values())
+    chunks = _chunks(settings, prompt[:-1], tokens_held(cache), prefill_step_size)
     entries, restorers = list(cache), [_restorer(entry) for entry in cache]
     try:
-        layers = _one_call if _is_one_stock_call(model, chunks) else _layer_by_layer
-        for index in layers(model, cache, chunks) if chunks else range(len(cache)):
+        if not chunks:
+            layers: Iterable[int] = range(len(cache))
+        elif _is_one_stock_call(settings, chunks):
+            layers = _one_call(model, attns, cache, chunks[0])
+        else:
+            layers = _layer_by_layer(model, cache, chunks)
+        for index in layers:
             layer_cache = cache[index : index + 1]
             maybe_quantize_kv_cache(layer_cache, quantized_kv_start, kv_group_size, kv_bits)
             if layer_cache[0] is not cache[index]:
@@ -238,24 +248,36 @@ def prefill(
     return prompt[-1:]
 
 
-def _one_call(model: nn.Module, cache: list[Any], chunks: list[mx.array]) -> Iterator[int]:
-    """Run a prompt of one chunk; yields the layers that are done.
+def _one_call(model: nn.Module, attns: dict[int, RoutedAttention], cache: list[Any], tokens: mx.array) -> Iterator[int]:
+    """Run a prompt of one chunk `[1, L]`; yields the layers that are done.
 
     A prompt that sink and window hold needs no route: what the routers will want is kept while the device computes.
     """
     offset = tokens_held(cache)
-    hearing = [(cache[i], attn) for i, attn in routed_layers(model).items() if isinstance(cache[i], CacheList)]
-    tokens = chunks[0].shape[1]
-    if not all(attn.group is None and entry.is_alone() and attn.is_dense(entry, tokens) for entry, attn in hearing):
+    hearing = [(cache[i], attn) for i, attn in attns.items() if isinstance(cache[i], CacheList)]
+    if not _is_dense_and_plain(hearing, tokens.shape[1]):
         hearing = []
     for entry, _ in hearing:
         entry.is_listening = True
-    inner_model(model)(chunks[0], cache)
+    inner_model(model)(tokens, cache)
     mx.async_eval([_keys(entry) for entry in cache])
     for entry, attn in hearing:
         x, entry.is_listening, entry.heard = entry.heard, False, None
         attn.settle(x, entry, offset)
     yield from range(len(cache))
+
+
+def _is_dense_and_plain(layers: list[tuple[CacheList, RoutedAttention]], tokens: int) -> bool:
+    """Whether a call is full attention in all layers, of one row without padding; of alike layers one is asked."""
+    asked = None
+    for entry, attn in layers:
+        if attn.group is not None or not entry.is_alone():
+            return False
+        alike = (attn.flux, entry.caches[0].offset)
+        if alike != asked and not attn.is_dense(entry, tokens):
+            return False
+        asked = alike
+    return True
 
 
 def _keys(entry: Any) -> list[Any]:

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import sys
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -192,8 +194,8 @@ def test_a_copied_cache_shares_the_noted_layers():
     assert flux_mlx.routes(copied) == flux_mlx.routes(cache)
 
 
-def python_calls(model, cache: list) -> float:
-    """Calls of this package's Python functions for one token, a layer."""
+def python_calls(run: Callable[[], Any]) -> float:
+    """Calls of this package's Python functions while `run` runs, a layer."""
     seen = 0
 
     def count(frame, event, _) -> None:
@@ -202,7 +204,7 @@ def python_calls(model, cache: list) -> float:
 
     sys.setprofile(count)
     try:
-        out = model(mx.array([[3]]), cache=cache)
+        out = run()
     finally:
         sys.setprofile(None)
     mx.eval(out)
@@ -219,4 +221,19 @@ def test_bookkeeping_of_a_token_is_a_few_calls(route, most):
     for _ in range(3):
         mx.eval(model(mx.array([[3]]), cache=cache))
     assert {entry.is_idle for entry in cache} == {True}
-    assert python_calls(model, cache) <= most
+    assert python_calls(lambda: model(mx.array([[3]]), cache=cache)) <= most
+
+
+def test_the_layers_of_a_short_prompt_are_looked_for_once(monkeypatch):
+    model, walks = flux_model(), []
+    walk = exact_prefill.routed_layers
+    monkeypatch.setattr(exact_prefill, "routed_layers", lambda model: walks.append(1) or walk(model))
+    flux_mlx.prefill(model, mx.array(prompt(17)), model.make_cache())
+    assert walks == [1]
+
+
+def test_bookkeeping_of_a_short_prompt_is_a_few_calls():
+    model, tokens = flux_model(), mx.array(prompt(17))
+    caches = model.make_cache(), model.make_cache()
+    flux_mlx.prefill(model, tokens, caches[0])
+    assert python_calls(lambda: flux_mlx.prefill(model, tokens, caches[1])) <= 36
