@@ -36,6 +36,8 @@ CHUNKS_AHEAD = (
     2  # chunks of a layer that wait for the device while it computes: one would do, if none took long to build
 )
 
+LAYERS_AT_ONCE = 4  # of a prompt of one chunk, handed to the device together: about a graph of MLX's CUDA backend
+
 
 class _Skipped:
     """A layer that hands the hidden states through. Other attributes are the real layer's."""
@@ -259,12 +261,36 @@ def _one_call(model: nn.Module, attns: dict[int, RoutedAttention], cache: list[A
         hearing = []
     for entry, _ in hearing:
         entry.is_listening = True
-    inner_model(model)(tokens, cache)
-    mx.async_eval([_keys(entry) for entry in cache])
+    entries = _OnTheWay(cache)
+    inner_model(model)(tokens, entries)
+    entries.hand_over(len(entries))
     for entry, attn in hearing:
         x, entry.is_listening, entry.heard = entry.heard, False, None
         attn.settle(x, entry, offset)
     yield from range(len(cache))
+
+
+class _OnTheWay(list):
+    """A cache for one call of a model, which hands the device every few layers as soon as they are built.
+
+    Handed over as a whole the call would leave the device idle while Python builds it: the better part of a short
+    prompt's time. The operations and their order are the same.
+    """
+
+    def __init__(self, cache: list[Any]):
+        super().__init__(cache)
+        self._held, self._handed_over = tokens_held(cache), 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for index, entry in enumerate(super().__iter__()):
+            if index - self._handed_over >= LAYERS_AT_ONCE and tokens_held([self[index - 1]]) > self._held:
+                self.hand_over(index)
+            yield entry
+
+    def hand_over(self, stop: int) -> None:
+        """Start the work of the layers before `stop`: all of it ends in what their cache entries then hold."""
+        mx.async_eval([_keys(entry) for entry in self[self._handed_over : stop]])
+        self._handed_over = stop
 
 
 def _is_dense_and_plain(layers: list[tuple[CacheList, RoutedAttention]], tokens: int) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
 import flux_mlx
@@ -236,4 +237,29 @@ def test_bookkeeping_of_a_short_prompt_is_a_few_calls():
     model, tokens = flux_model(), mx.array(prompt(17))
     caches = model.make_cache(), model.make_cache()
     flux_mlx.prefill(model, tokens, caches[0])
-    assert python_calls(lambda: flux_mlx.prefill(model, tokens, caches[1])) <= 36
+    assert python_calls(lambda: flux_mlx.prefill(model, tokens, caches[1])) <= 38
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "granitemoehybrid"])
+@pytest.mark.parametrize("tokens", [17, 100])
+def test_the_device_gets_the_first_layers_of_a_short_prompt_before_the_last_are_built(family, tokens, monkeypatch):
+    caches, logits = [], []
+    handed_over, hand_over = [], exact_prefill._OnTheWay.hand_over
+    monkeypatch.setattr(
+        exact_prefill._OnTheWay, "hand_over", lambda self, stop: handed_over.append(stop) or hand_over(self, stop)
+    )
+    for layers_at_once in (1, 100):
+        model = flux_model(family, route="full")
+        monkeypatch.setattr(exact_prefill, "LAYERS_AT_ONCE", layers_at_once)
+        cache = model.make_cache()
+        last = flux_mlx.prefill(model, mx.array(prompt(tokens)), cache)
+        caches.append(
+            [np.array(x) for _, x in tree_flatten([entry.state for entry in cache]) if isinstance(x, mx.array)]
+        )
+        logits.append(np.array(model(last[None], cache=cache)))
+    layers = len(model.layers)
+    assert handed_over[-2:] == [layers, layers]  # in pieces, then as a whole
+    assert len(handed_over) >= 3
+    np.testing.assert_array_equal(*logits)
+    for one, other in zip(*caches, strict=True):
+        np.testing.assert_array_equal(one, other)
