@@ -22,8 +22,9 @@ from flux_mlx.models import routed_layers
 from flux_mlx.short_calls import ShortCalls
 from flux_mlx.spec import PatternConfig, visible_pairs
 
-_SAMPLE_S = 0.01  # a sample lasts this long at least, so that waiting for the device does not count
-_MAX_CALLS = 64
+_SAMPLE_S = 0.01  # 2n calls last about this long; for one call that does, the host's share does not matter
+_GRAPH_NODES = 100  # MLX hands the device so many operations together, of a graph that is evaluated as a whole
+_SHORT_CALL_S = 1.5e-4  # one that the host, which needs some 35 us, might not prepare while the device computes another
 _SAMPLES = 3
 _KEY_BYTES = 1 << 31  # decode goes round among caches of this size in all, so that keys come from memory
 _MAX_KEY_SETS = 16
@@ -90,22 +91,43 @@ def sparse_decode(pattern: PatternConfig) -> Attend:
 
 
 def seconds_a_call(call: Callable[[mx.array, int], mx.array], q: mx.array) -> float:
-    """Median time of a call (query, index of the call), after two that are not counted unless they are long."""
+    """Median time of one more call (query, index of the call) in a row of them, after two that are not counted.
 
-    def sample(calls: int) -> float:
-        start = time.perf_counter()
-        x = q
-        for index in range(calls):
-            x = call(x, index)
-        mx.eval(x)
-        return (time.perf_counter() - start) / calls
+    It is the time of 2n calls less that of n, over n. The device begins only when the host has prepared its first
+    piece of work; that start, and the wait at the end, are in both times and do not count. So that the host is ahead
+    from then on, n short calls are a piece of work or more, and of longer ones the first are handed over early. A call
+    that takes long by itself is timed by itself: there the start is next to nothing.
 
-    sample(1)
-    once = sample(1)
+    Args:
+        call: From a query (or the last call's output, of the same shape) and an index from 0 on to an output.
+        q: The first query.
+
+    Returns:
+        Seconds, above 0: where noise leaves nothing of the difference, the mean over 2n calls.
+    """
+    _seconds(call, q, 1)
+    once = _seconds(call, q, 1)
     if once >= 20 * _SAMPLE_S:
         return once
-    calls = max(1, min(_MAX_CALLS, round(_SAMPLE_S / once)))
-    return statistics.median(sample(calls) for _ in range(_SAMPLES))
+    calls = _GRAPH_NODES if once < _SHORT_CALL_S else round(_SAMPLE_S / 2 / once)
+    if calls == 0:
+        return statistics.median(_seconds(call, q, 1) for _ in range(_SAMPLES))
+    pairs = [(_seconds(call, q, calls), _seconds(call, q, 2 * calls)) for _ in range(_SAMPLES)]
+    marginal = statistics.median(longer - shorter for shorter, longer in pairs) / calls
+    return marginal if marginal > 0 else statistics.median(longer for _, longer in pairs) / (2 * calls)
+
+
+def _seconds(call: Callable[[mx.array, int], mx.array], q: mx.array, calls: int) -> float:
+    """Time of some calls, each on the last one's output, of which nothing but the newest is held."""
+    is_early = calls < _GRAPH_NODES
+    start = time.perf_counter()
+    x = q
+    for index in range(calls):
+        x = call(x, index)
+        if is_early and index & (index + 1) == 0:  # behind 1, 2, 4, ... calls: the device has half as many to do
+            mx.async_eval(x)
+    mx.eval(x)
+    return time.perf_counter() - start
 
 
 def prefill_seconds(shape: AttentionShape, tokens: int, step: int, attends: dict[str, Attend]) -> dict[str, float]:

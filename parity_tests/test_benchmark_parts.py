@@ -12,6 +12,7 @@ from mlx_lm.models import qwen3
 from mlx_lm.utils import _get_classes
 
 import flux_mlx
+from flux_mlx import benchmark_parts
 from flux_mlx.benchmark_crossover import GAIN, bracket, find_crossover, lengths_between
 from flux_mlx.benchmark_models import GROUP_SIZE, SHAPES, parameter_bytes, random_model, stock_view
 from flux_mlx.benchmark_parts import (
@@ -32,6 +33,7 @@ from flux_mlx.spec import FluxConfig, Route, visible_mask
 from parity_tests.tiny_models import PATTERN, ROUTER, flux_model, prompt
 
 TINY = SHAPES["tiny"]
+GRAPH_NODES = 100  # that MLX hands to a CUDA device together
 PUBLISHED_PARAMETERS = {"qwen3-4b": 4.02e9, "qwen3-8b": 8.19e9, "llama-3.1-8b": 8.03e9}
 
 
@@ -180,6 +182,59 @@ def test_attention_is_called_as_a_model_calls_it():
     attends = {"dense": watched("dense", dense), "sparse": watched("sparse", sparse_decode(PATTERN))}
     assert min(decode_seconds(shape, 70, attends).values()) > 0
     assert (2, 1, 70) in seen["sparse"]
+
+
+class FakeDevice:
+    """A host and a device with clocks of their own; work is handed over in graphs, and begins when one is whole."""
+
+    def __init__(self, host_s: float, device_s: float, nodes: int = 1, wait_s: float = 2e-5):
+        self.host_s, self.device_s, self.nodes, self.wait_s = host_s, device_s, nodes, wait_s
+        self.now = self.free = 0.0
+        self.unevaluated = self.calls = 0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def call(self, x: int, index: int) -> int:
+        self.unevaluated += 1
+        self.calls += 1
+        return index
+
+    def async_eval(self, _: int) -> None:
+        while self.unevaluated:
+            together = min(self.unevaluated, GRAPH_NODES // self.nodes)
+            self.now += together * self.host_s
+            self.free = max(self.free, self.now) + together * self.device_s
+            self.unevaluated -= together
+
+    def eval(self, x: int) -> None:
+        self.async_eval(x)
+        self.now = max(self.now, self.free) + self.wait_s
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 5])
+@pytest.mark.parametrize("device_us", [8.5, 20, 50, 100, 183, 550, 4400, 7000, 20_000, 300_000])
+def test_the_start_of_a_row_of_calls_does_not_count(device_us, nodes, monkeypatch):
+    device = FakeDevice(35e-6, 1e-6 * device_us, nodes)
+    monkeypatch.setattr(benchmark_parts, "time", device)
+    monkeypatch.setattr(benchmark_parts, "mx", device)
+    expected = 1e-6 * max(35, device_us)
+    assert benchmark_parts.seconds_a_call(device.call, 0) == pytest.approx(expected, rel=0.006)
+    assert device.now < max(0.07, 12 * expected)
+
+
+@pytest.mark.parametrize("longer_s", [0.4, 0.5])
+def test_a_call_never_takes_less_than_nothing(longer_s, monkeypatch):
+    times = iter([0.001, 0.001] + 3 * [0.5, longer_s])  # 5 calls and 10
+    monkeypatch.setattr(benchmark_parts, "_seconds", lambda *_: next(times))
+    assert benchmark_parts.seconds_a_call(None, None) == pytest.approx(longer_s / 10)
+
+
+def test_longer_and_shorter_rows_are_timed_in_turn(monkeypatch):
+    rows = []
+    monkeypatch.setattr(benchmark_parts, "_seconds", lambda call, q, calls: rows.append(calls) or 0.001 * calls)
+    assert benchmark_parts.seconds_a_call(None, None) == pytest.approx(0.001)
+    assert rows == [1, 1] + 3 * [5, 10]
 
 
 def test_the_bracket_of_a_crossover_forgives_one_lucky_length():
