@@ -11,7 +11,7 @@ same command given again goes on where an earlier one stopped.
     needs = ["single.json"]                     # files of other jobs
     command = ["-m", "cuda_reference.train", "--out", "seed0", "--set", "start.single={single.json:masks/9}"]
 
-With `shards = 4` an entry is four jobs: `{shard}` is 0 to 3 in `out`, 0/4 to 3/4 in the command.
+With `shards = 4` an entry is four jobs: in `out` and in the command `{shard}` is 0 to 3 and `{shards}` is 4.
 `{FILE.json:a/b}` in a command is the value at that place of a JSON file in the folder; `{model}`, `{text}` and
 `{workers}` are the command line's.
 """
@@ -94,13 +94,12 @@ def _shards(
     """The job of one entry of the list; with `shards`, that many, each with its number in place of {shard}."""
     if not (isinstance(shards, int) and shards >= 1):
         raise TypeError(f"shards must be a whole number of at least 1, got {shards!r}")
+
+    def numbered(word: str, n: int) -> str:
+        return word.replace("{shard}", str(n)).replace("{shards}", str(shards))
+
     return [
-        Job(
-            out.replace("{shard}", str(n)),
-            tuple(word.replace("{shard}", f"{n}/{shards}") for word in command),
-            needs=tuple(needs),
-            **limits,
-        )
+        Job(numbered(out, n), tuple(numbered(word, n) for word in command), needs=tuple(needs), **limits)
         for n in range(shards)
     ]
 
@@ -216,8 +215,10 @@ class Sweep:
                 outcome = "stopped: the sweep's time was over" if late else "stopped: over its time"
             elif process.poll() is None:
                 continue
-            elif process.returncode or not (self.folder / job.out).exists():
+            elif process.returncode:
                 outcome = f"failed: exit status {process.returncode}"
+            elif not (self.folder / job.out).exists():
+                outcome = f"failed: it did not write {job.out}"
             else:
                 outcome = DONE
             del self._running[job]

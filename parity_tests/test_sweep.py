@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from cuda_reference.sweep import Job, Sweep, filled, load_jobs, main
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 WRITE = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])"
 
 
@@ -126,14 +128,28 @@ def test_the_command_reads_a_list(tmp_path, capsys):
 
 def test_shards_are_jobs_of_their_own(tmp_path):
     (tmp_path / "jobs.toml").write_text(
-        '[[job]]\nout = "a_{shard}.json"\nshards = 2\nminutes = 3.0\ncommand = ["--shard", "{shard}"]\n'
+        '[[job]]\nout = "a_{shard}.json"\nshards = 2\nminutes = 3.0\n'
+        'command = ["--shard", "{shard}/{shards}", "--out", "a_{shard}.json"]\n'
         '[[job]]\nout = "b.json"\nneeds = ["a_1.json"]\ncommand = []\n'
     )
     assert load_jobs(tmp_path / "jobs.toml") == [
-        Job("a_0.json", ("--shard", "0/2"), minutes=3.0),
-        Job("a_1.json", ("--shard", "1/2"), minutes=3.0),
+        Job("a_0.json", ("--shard", "0/2", "--out", "a_0.json"), minutes=3.0),
+        Job("a_1.json", ("--shard", "1/2", "--out", "a_1.json"), minutes=3.0),
         Job("b.json", (), needs=("a_1.json",)),
     ]
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_lists_that_are_published_write_what_they_say(path):
+    for job in load_jobs(path):
+        target = job.command[job.command.index("--out") + 1]
+        assert target in (job.out, job.out.rpartition("/")[0]), job.out
+
+
+def test_a_job_without_its_file_is_named(tmp_path):
+    jobs = [Job("a.json", ("-c", "pass"))]
+    state = Sweep(jobs, tmp_path, 0, {}, lambda line: None).run(60.0)
+    assert state["a.json"]["outcome"] == "failed: it did not write a.json"
 
 
 @pytest.mark.parametrize(
