@@ -29,15 +29,16 @@ from flux_mlx.models import apply, routed_layers, set_route
 from flux_mlx.spec import FluxConfig, PatternConfig
 
 
-def parser(description: str | None, lengths: Sequence[int]) -> argparse.ArgumentParser:
-    """A parser with the flags of all scripts."""
+def parser(description: str | None, lengths: Sequence[int] | None) -> argparse.ArgumentParser:
+    """A parser with the flags of all scripts; without `--lengths` if None are given."""
     prepare_cuda()
     made = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     add = made.add_argument
     add("--shape", choices=SHAPES, default="qwen3-8b", help="(default: %(default)s)")
     add("--bits", type=int, choices=BITS, default=16, help="of the weights (default: %(default)s)")
     add("--omega", type=float, default=0.7, help="share of sparse layers (default: %(default)s)")
-    add("--lengths", type=length, nargs="+", default=list(lengths), metavar="TOKENS", help="as 512 32K 1M")
+    if lengths is not None:
+        add("--lengths", type=length, nargs="+", default=list(lengths), metavar="TOKENS", help="as 512 32K 1M")
     add("--prefill-step-size", "--chunk", type=int, default=2048, help="tokens of a chunk (default: %(default)s)")
     add("--num-trials", "-n", type=int, default=3, help="runs of each kind, in turn (default: %(default)s)")
     for name in ("block_size", "sink_tokens", "window_tokens"):

@@ -9,7 +9,7 @@
 set -eu
 
 usage="usage: sh benchmarks/mlx_cuda.sh OUT STAGE... (or: list)"
-stages="layer decode-bf16 decode-4bit short router exact bf16 bf16-256k million memory 4bit batch 4bit-256k"
+stages="layer decode-bf16 decode-4bit short router exact bf16 bf16-256k million memory 4bit batch 4bit-256k timeline"
 python=${PYTHON:-python3}
 
 [ $# -ge 1 ] || { echo "$usage" >&2; exit 2; }
@@ -59,6 +59,7 @@ run() {
     4bit) compare --bits 4 --lengths 32K 128K --omega 0.7 -n 3 --trial-seconds 15 -g 48 --json "$json" ;;
     batch) batch 32K ;; # 39 GB of keys, twice while the rows are joined: more than 80 GB
     4bit-256k) compare --bits 4 --lengths 256K --omega 0.77 -n 1 -g 32 --json "$json" ;;
+    timeline) script mlx_timeline --prefill 1K 8K --decode 128K -n 5 --json "$json" ;; # wants PyTorch with CUDA
     esac
 }
 

@@ -241,7 +241,7 @@ def short_table() -> str:
 
 
 START_S = 20.0  # of a process: imports, random weights, loading kernels; the first one compiles for a minute more
-PASSES = 5  # that the timing of attention by itself makes over a prompt
+PASSES = 11  # that the timing of attention by itself makes over a prompt: 2, and 3 times one call and two
 
 
 def compare_s(bits: int, tokens: int, sparse: int, trials: int, generated: int, rows: int = 1) -> float:
@@ -257,6 +257,7 @@ def stages() -> dict[str, float]:
     exact = [2 * sum(prefill_s(QWEN3_8B, H100, 16, n, sparse) for sparse in (0, 25)) for n in (8192, 32768)]
     layer = [sum(attention_s(QWEN3_8B, H100, n, pattern) for pattern in (None, PATTERN)) for n in (32768, 131072)]
     memory = prefill_s(QWEN3_8B, H100, 16, 131072) + 2 * prefill_s(QWEN3_8B, H100, 16, 131072, 25)
+    prompts = [prefill_s(QWEN3_8B, H100, 16, n) for n in (1024, 8192)]
     small = [prefill_s(SMALL, H100, 16, n, 7) for n in (16384, 262144, 1048576)]
 
     def decode(bits: int, kinds: int) -> float:
@@ -276,6 +277,7 @@ def stages() -> dict[str, float]:
         "4bit": compare_s(4, 32768, 25, 2, 32) + compare_s(4, 131072, 25, 1, 32),
         "batch": compare_s(4, 32768, 25, 1, 32, rows=8),
         "4bit-256k": compare_s(4, 262144, 28, 1, 32),
+        "timeline": 3 * (7 * sum(prompts) + 40 * token_s(QWEN3_8B, H100, 16, 131072)) + 10,  # PyTorch, and its tracer
     }
     return {name: START_S + value for name, value in seconds.items()}
 
