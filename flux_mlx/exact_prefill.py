@@ -8,7 +8,8 @@ chunks are stock's, and each is computed by the stock model's own forward pass i
 The device is kept busy: chunks are handed to it ahead of time, a few at once, and a layer's route is first waited for
 where it matters, behind the chunks that sink and window hold as a whole. The router's small kernels run beside the
 first chunk's projections, and the rest of that chunk behind them, while the host waits for the route and builds the
-next chunk. A prompt of one chunk is stock's own call.
+next chunk. Where kernels take the route from the device nobody waits for it: all routes are read at once, behind the
+last chunk of the last layer. A prompt of one chunk is stock's own call.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from mlx_lm.models.cache import KVCache
 
 from flux_mlx.cache import CacheList, tokens_held
 from flux_mlx.families import inner_model
+from flux_mlx.late_decisions import LateDecisions
 from flux_mlx.models import routed_layers
 from flux_mlx.routed_attention import RoutedAttention, prompt_ends
 from flux_mlx.spec import FluxConfig, Route
@@ -234,7 +236,7 @@ def prefill(
         elif _is_one_stock_call(settings, chunks):
             layers = _one_call(model, attns, cache, chunks[0])
         else:
-            layers = _layer_by_layer(model, cache, chunks)
+            layers = _layer_by_layer(model, cache, chunks, LateDecisions() if kv_bits is None else None)
         for index in layers:
             layer_cache = cache[index : index + 1]
             maybe_quantize_kv_cache(layer_cache, quantized_kv_start, kv_group_size, kv_bits)
@@ -311,12 +313,19 @@ def _keys(entry: Any) -> list[Any]:
     return [entry.kv.state, entry.inputs] if isinstance(entry, CacheList) else entry.state
 
 
-def _layer_by_layer(model: nn.Module, cache: list[Any], chunks: list[mx.array]) -> Iterator[int]:
-    """Run each layer over all chunks; yields the layers that are done."""
+def _layer_by_layer(
+    model: nn.Module, cache: list[Any], chunks: list[mx.array], late: LateDecisions | None
+) -> Iterator[int]:
+    """Run each layer over all chunks; yields the layers that are done.
+
+    With `late`, layers may go undecided until all are done.
+    """
     hidden: list[mx.array | None] = [_embed(inner_model(model), chunk, cache) for chunk in chunks]
     device = _Ahead(len(cache))
     for index in range(len(cache)):
-        _prefill_layer(model, index, cache, chunks, hidden, device)
+        _prefill_layer(model, index, cache, chunks, hidden, device, late)
+        if late is not None and index == len(cache) - 1:
+            late.read()
         yield index
 
 
@@ -350,6 +359,7 @@ def _prefill_layer(
     chunks: list[mx.array],
     hidden: list[mx.array | None],
     device: _Ahead,
+    late: LateDecisions | None,
 ) -> None:
     """One layer over all chunks; `hidden`, the hidden states that it gets, become those that it puts out."""
     layer, entry, is_last = model.layers[index], cache[index], index == len(model.layers) - 1
@@ -360,21 +370,29 @@ def _prefill_layer(
     if routed:
         entry.wake()
         entry.pinned, entry.drops_early = entry.offset + left + 1, evicts and attn.flux.pattern.name == "streaming"
+        entry.stays_undecided = late is not None and not attn.evicts
         _route_layer(layer, entry, hidden)
     needs_route = routed and not attn.is_dense(entry, left)
+    follows = needs_route and entry.stays_undecided and bool(late.entries)  # it will go as the layers before it went
     try:
         for i, chunk in enumerate(chunks):
             if i == int(evicts):  # the first chunk does not know yet whether all keys will be kept
                 _reserve(entry, left)
             out = run(chunk, hidden[i])
             hidden[i] = None if is_last else out  # of the last layer only keys and values are needed
-            if needs_route and i == 0:  # a first chunk without a route: its keys are independent of the router's work
+            if i == 0 and needs_route and not follows:  # keys of the first chunk: independent of the router's work
                 entry.start_decision(_keys(entry))
+            if i == 0 and is_last and late is not None:
+                if follows:
+                    late.add(entry)
+                late.start(_keys(entry))
             device.hand_over(entry, hidden[i])
             left -= chunk.shape[1]
+        if needs_route and late is not None and not is_last:
+            late.add(entry)
         if evicts and not attn.is_dense(entry, 0) and Route.SPARSE in entry.routes:
             entry.evict(attn.flux.pattern)
     finally:
         _unreserve(entry)
         if routed:
-            entry.pinned, entry.drops_early = None, False
+            entry.pinned, entry.drops_early, entry.stays_undecided = None, False, False

@@ -1,0 +1,46 @@
+"""The decisions of a prompt's layers that stay on the device: joined in the last layer, and read at once behind it.
+
+A layer whose kernels take the route from the device does not need it on the host before the next token. Reading it
+there would cost the host a wait for each layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from flux_mlx.cache import CacheList
+from flux_mlx.router_state import Decision
+
+
+class LateDecisions:
+    """Of one exact prefill.
+
+    Attributes:
+        entries: Caches of the layers that ran without their route on the host, in order.
+    """
+
+    def __init__(self) -> None:
+        self.entries: list[CacheList] = []
+        self._joined: Decision | None = None
+
+    def add(self, entry: CacheList) -> None:
+        """Take on the decision of a layer whose calls are handed over, if nobody has read it."""
+        if entry.undecided() is not None:
+            self.entries.append(entry)
+            entry.inputs = None  # the pools are computed with the decision
+
+    def start(self, beside: Any) -> None:
+        """Start joining them, in one piece of work with arrays that do not depend on them."""
+        self.entries = [entry for entry in self.entries if entry.undecided() is not None]  # a callback may read routes
+        if self.entries:
+            codes = [entry.undecided() for entry in self.entries]
+            self._joined = Decision(mx.concatenate(codes), [True] * len(codes))
+            mx.async_eval(self._joined.codes, beside)
+
+    def read(self) -> None:
+        """Have each cache know its route. Waits for the device: until `start`'s work is done, not for what follows."""
+        if self._joined is not None:
+            for entry, route in zip(self.entries, self._joined.read(), strict=True):
+                entry.learn([route])
