@@ -42,17 +42,22 @@ def parts(model: nn.Module, shape: AttentionShape, tokens: int, generated: int) 
     return dict(zip(PARTS, map(statistics.median, zip(*found[WARM_UP_TOKENS:], strict=True)), strict=True))
 
 
-def equals_stock(model: nn.Module, shape: AttentionShape, tokens: int) -> bool:
-    """Whether full layers decode to stock's logits, bit for bit, the token that fixes their route and two behind it."""
-    caches, both = [], (stock_view(model), model)
-    for one in both:
-        mx.random.seed(0)
-        caches.append(filled_cache(one, shape, tokens))
+def over_stock(model: nn.Module, shape: AttentionShape, tokens: int) -> dict[str, float]:
+    """Greatest difference of logits from stock's, over stock's greatest: stock run again, and full layers.
+
+    Of three tokens over the same keys, of which full layers decode two by their compiled steps; 0 is bit for bit.
+    """
+    stock, found = stock_view(model), []
     set_route(model, "full")
-    logits = [
-        [one(mx.array([[token]]), cache=cache) for token in (1, 2, 3)] for one, cache in zip(both, caches, strict=True)
-    ]
-    return all(mx.array_equal(a, b).item() for a, b in zip(*logits, strict=True))
+    for one in (stock, stock, model):
+        mx.random.seed(0)
+        cache = filled_cache(one, shape, tokens)
+        logits = mx.stack([one(mx.array([[token]]), cache=cache)[0, -1] for token in (1, 2, 3)])
+        found.append(logits.astype(mx.float32))
+        mx.eval(found)
+    largest = mx.abs(found[0]).max()
+    differences = [(mx.abs(other - found[0]).max() / largest).item() for other in found[1:]]
+    return dict(zip(("stock_again", "full"), differences, strict=True))
 
 
 def kinds(args: Any, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -78,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for tokens in args.lengths
         for name, one in kinds(args, model)
     ]
-    equal = {str(tokens): equals_stock(model, shape, tokens) for tokens in args.lengths}
-    save(args, "mlx_host_time", rows, full_equals_stock=equal)
+    differences = {str(tokens): over_stock(model, shape, tokens) for tokens in args.lengths}
+    save(args, "mlx_host_time", rows, logits_over_stock=differences)
 
 
 if __name__ == "__main__":

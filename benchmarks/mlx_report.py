@@ -11,7 +11,7 @@ from benchmarks.mlx_prediction import columns
 from flux_mlx.benchmark_compare import median_ratio
 
 FOLDER = Path(__file__).parent
-DECODE_BITS = (16, 4)
+NAMES_OF_BITS = {16: "bf16", 4: "4bit"}
 COMPARED = ("mlx_bf16", "mlx_bf16_256k", "mlx_4bit")
 SHORT = "mlx_short"
 
@@ -90,8 +90,8 @@ def decode_table() -> str:
             "keep of it",
         )
     ]
-    for bits in DECODE_BITS:
-        for row in record(f"mlx_decode_{'bf16' if bits == 16 else '4bit'}")["rows"]:
+    for bits, name in NAMES_OF_BITS.items():
+        for row in record(f"mlx_decode_{name}")["rows"]:
             times = (f"{1e3 * row[f'{kind}_token_s']:.1f}" for kind in ("stock", "keep", "evict"))
             least = " / ".join(f"{1e3 * s:.1f}" for s in row["least_token_s"].values())
             ratios = (row["speedup"], row["evict_speedup"], row["ceiling"], row["fraction_of_ceiling"])
@@ -102,11 +102,12 @@ def decode_table() -> str:
 def host_table() -> str:
     """Where a token's time goes."""
     lines: list[tuple[Any, ...]] = [
-        ("layers", "tokens", "Python builds", "MLX hands over", "then waits", "together ms")
+        ("bits", "layers", "tokens", "Python builds", "MLX hands over", "then waits", "together ms")
     ]
-    for row in record("mlx_host_time")["rows"]:
-        times = (f"{1e3 * row[part]:.2f}" for part in ("build_s", "encode_s", "wait_s", "total_s"))
-        lines.append((row["kind"], length(row["tokens"]), *times))
+    for bits, name in NAMES_OF_BITS.items():
+        for row in record(f"mlx_host_time_{name}")["rows"]:
+            times = (f"{1e3 * row[part]:.2f}" for part in ("build_s", "encode_s", "wait_s", "total_s"))
+            lines.append((bits, row["kind"], length(row["tokens"]), *times))
     return columns(lines)
 
 
@@ -116,7 +117,7 @@ def graph_table() -> str:
     lines: list[tuple[Any, ...]] = [
         ("bits", "layers", "nodes a layer, before", "after", "views", "build over stock's, before", "after", "ms")
     ]
-    for bits, name in ((16, "bf16"), (4, "4bit")):
+    for bits, name in NAMES_OF_BITS.items():
         befores, afters = (stages[f"{name}-{when}"]["rows"] for when in ("before", "after"))
         for before, after in zip(befores, afters, strict=True):
             nodes = (before["nodes_a_layer"], after["nodes_a_layer"], after["views_a_layer"])

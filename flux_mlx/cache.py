@@ -201,7 +201,7 @@ class CacheList(RouterState, StockCacheList):
 
     def prepare(self, **kwargs) -> None:
         """Announce right padding: short calls are to be looked at again."""
-        self._catch_up()
+        self.catch_up()
         super().prepare(**kwargs)
         self.wake()
 

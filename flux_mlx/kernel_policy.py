@@ -95,8 +95,10 @@ def choose(q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt
     return _cuda_choice(q, k, v, pattern, prompt_tokens, k.shape[2]) if cuda_kernels.is_available() else "ops"
 
 
-def choose_undecided(q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int) -> str:
-    """Which `impl` takes a call of exact prefill whose route only the device knows; "ops": the host has to read it.
+def choose_undecided(
+    q: mx.array, k: mx.array, v: mx.array, pattern: PatternConfig, prompt_tokens: int | None, kv_tokens: int
+) -> str:
+    """Which `impl` takes a prompt's call whose route only the device knows; "ops": the host has to read it.
 
     The kernels compute full attention as fast as stock's does, so a call goes to them wherever a sparse one would.
 
@@ -105,9 +107,10 @@ def choose_undecided(q: mx.array, k: mx.array, v: mx.array, pattern: PatternConf
         k: `[1, HKV, L, D]`, the new keys.
         v: As k.
         pattern: Of the layer.
-        prompt_tokens: Keys that the cache will hold: all calls of a prompt go the same way.
+        prompt_tokens: Length of the whole prompt in exact prefill; None in chunked calls.
+        kv_tokens: Keys that are held, in exact prefill those of its end: all its calls go the same way.
     """
-    return _cuda_choice(q, k, v, pattern, prompt_tokens, prompt_tokens) if cuda_kernels.is_available() else "ops"
+    return _cuda_choice(q, k, v, pattern, prompt_tokens, kv_tokens) if cuda_kernels.is_available() else "ops"
 
 
 def _cuda_choice(

@@ -1,7 +1,8 @@
-"""The decisions of a prompt's layers that stay on the device: joined in the last layer, and read at once behind it.
+"""The decisions of a prompt's layers that stay on the device: joined, and read at once.
 
 A layer whose kernels take the route from the device does not need it on the host before the next token. Reading it
-there would cost the host a wait for each layer.
+there would cost the host a wait for each layer. Exact prefill joins them in the last layer and reads them behind it;
+of a prompt in stock's chunks they are read before the first token.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from flux_mlx.router_state import Decision
 
 
 class LateDecisions:
-    """Of one exact prefill.
+    """Of one row's prompt.
 
     Attributes:
         entries: Caches of the layers that ran without their route on the host, in order.
@@ -44,3 +45,16 @@ class LateDecisions:
         if self._joined is not None:
             for entry, route in zip(self.entries, self._joined.read(), strict=True):
                 entry.learn([route])
+
+
+def read_late(cache: list[Any]) -> None:
+    """Read what the routers of one row decided, if it is on the device still, for all layers at once.
+
+    Calls that were only noted stay so: who needs no route pays for no router.
+    """
+    late = LateDecisions()
+    for entry in cache:
+        if isinstance(entry, CacheList) and entry.rows_held == 1:
+            late.add(entry)
+    late.start(())
+    late.read()

@@ -20,6 +20,7 @@ from flux_mlx.cache import routes as taken_routes
 from flux_mlx.callers import refuse_gguf_export, refuse_long_drafts
 from flux_mlx.environment import forced_route, switched_on
 from flux_mlx.families import ATTENTION_MODULES, head_dim, is_routable
+from flux_mlx.late_decisions import read_late
 from flux_mlx.routed_attention import RoutedAttention
 from flux_mlx.routed_block import RoutedBlock
 from flux_mlx.router import Affine, LayerRouter
@@ -91,9 +92,13 @@ def _checked_call(stock: type) -> Any:
             raise ValueError(f"[FluxModel] the cache has {len(cache)} entries, the model {len(self.layers)} layers.")
         if args:  # mlx-lm passes tokens by position
             refuse_long_drafts(self, args[0])
+        is_late = False
         for entry in cache:
             CacheList.adopt(entry)
+            is_late = is_late or (type(entry) is CacheList and entry.decision is not None)
         trim_noted(cache)
+        if is_late and _needs_routes(self.flux, args[0] if args else kwargs.get("inputs"), cache):
+            read_late(cache)
         before = taken_routes(cache) if self.flux_show else None
         out = stock.__call__(self, *args, **kwargs)
         if self.flux_show and (after := taken_routes(cache)) != before:
@@ -101,6 +106,13 @@ def _checked_call(stock: type) -> Any:
         return out
 
     return call
+
+
+def _needs_routes(config: FluxConfig, inputs: mx.array | None, cache: list[Any]) -> bool:
+    """Whether a call has so few tokens that the host must know the routes, and they matter."""
+    tokens = 0 if inputs is None else inputs.shape[-1]
+    held = next(entry for entry in cache if isinstance(entry, CacheList)).size()
+    return 0 < tokens < config.router.min_prefill_tokens and not config.pattern.is_dense(held + tokens)
 
 
 def _show(cache: list[Any], rows: int) -> None:

@@ -184,23 +184,37 @@ class RoutedAttention:
         return rotate(self, q, offset), rotate(self, k, offset), v
 
     def attend_undecided(self, x: mx.array, cache: CacheList) -> mx.array | None:
-        """Attention of exact prefill by a route that only the device knows, `[1, L, hidden]`.
+        """Attention of a prompt's call by a route that only the device knows, `[1, L, hidden]`.
 
         None where there is no such route, or no kernel that takes it: then the host has to read it.
         """
-        kv, pattern = cache.kv, self.flux.pattern
-        codes = cache.undecided() if cache.stays_undecided and type(kv) is KVCache else None
-        if codes is None or self.group is not None or not cuda_kernels.is_available():
+        kv, pattern, tokens = cache.kv, self.flux.pattern, x.shape[1]
+        if not cuda_kernels.is_available() or type(kv) is not KVCache or not self.may_stay_undecided(tokens, cache):
+            return None
+        cache.catch_up()
+        if (codes := cache.undecided()) is None:
             return None
         q, k, v = self.project_at(x, kv.offset)
-        impl = kernel_policy.choose_undecided(q, k, v, pattern, cache.pinned)
+        all_tokens = cache.pinned or kv.offset + tokens
+        impl = kernel_policy.choose_undecided(q, k, v, pattern, cache.pinned, all_tokens)
         if impl == "ops":
             return None
         kv.update_and_fetch(k, v)
         sizes = {"prompt_tokens": cache.pinned, "scale": self.scale, "kv_tokens": kv.offset}
         family = cuda_kernels.FAMILIES[impl]
         out, _ = cuda_kernels.routed_attention(q, kv.keys, kv.values, codes, pattern, family=family, **sizes)
-        return self.o_proj(out.swapaxes(1, 2).reshape(1, x.shape[1], -1))
+        return self.o_proj(out.swapaxes(1, 2).reshape(1, tokens, -1))
+
+    def may_stay_undecided(self, tokens: int, cache: CacheList) -> bool:
+        """Whether the host can do without this call's route: in exact prefill that reads it later, or a prompt's call.
+
+        A token that is decoded needs it there, and a cache that drops keys.
+        """
+        if self.group is not None or self.evicts:
+            return False
+        if cache.pinned is not None:
+            return cache.stays_undecided
+        return tokens >= self.flux.router.min_prefill_tokens and cache.is_alone()
 
     def attend_batch(self, q: mx.array, cache: CacheList) -> mx.array | None:
         """Attention of a short call of a batch without padding, `[B, L, hidden]`; None if no kernel takes all rows."""

@@ -104,11 +104,11 @@ class RouterState:
     _log: tuple[Call, ...] = ()  # calls not looked at yet
     _shorts = 0  # calls since the newest noted prompt that were too short to be pooled
     _host: np.ndarray | None = None  # counters on the host; None: read them again
-    _dirty = False  # slot 0 is older than `_host` and `_decision`
-    _decision: Decision | None = None  # newer than the host's routes
+    _dirty = False  # slot 0 is older than `_host` and `decision`
+    decision: Decision | None = None  # newer than the host's routes
     _routes: list[Route] | None = None  # the routes, read
     inputs: mx.array | None = None  # what the newest pooled queries are computed from, until they are
-    stays_undecided = False  # exact prefill reads this prompt's decision later: until then it may stay on the device
+    stays_undecided = False  # of the exact prefill under way, the decision may stay on the device until its end
     is_idle = False  # a further call that is too short to be pooled changes nothing here
 
     @property
@@ -147,7 +147,7 @@ class RouterState:
         self.trim_at = NEVER
         return [call.trim() for call in self._log]
 
-    def _catch_up(self) -> None:
+    def catch_up(self) -> None:
         """Look at the noted calls."""
         log, self._log, self.trim_at = self._log, (), NEVER
         for call in log:
@@ -162,13 +162,13 @@ class RouterState:
 
     def _flush(self) -> None:
         """Bring slot 0 up to the counters on the host and the newest decision, before stock code reads it."""
-        self._catch_up()
+        self.catch_up()
         self.inputs = None  # the arrays hold on to them, until these are evaluated
         if not self._dirty:
             return
         counters = mx.array(self._host)
-        if self._decision is not None:
-            codes = mx.where(mx.array(self._decision.fed), self._decision.codes, counters[:, Counter.ROUTE])
+        if self.decision is not None:
+            codes = mx.where(mx.array(self.decision.fed), self.decision.codes, counters[:, Counter.ROUTE])
             counters = mx.concatenate([codes[:, None], counters[:, Counter.ROUTE + 1 :]], axis=1)
         self.caches[1][0] = counters
         self._dirty = False
@@ -180,7 +180,7 @@ class RouterState:
 
     def _forget(self) -> None:
         """Drop what was read or is newer than the arrays, after stock code changed them."""
-        self._host = self._decision = self._routes = self._padding = self.inputs = None
+        self._host = self.decision = self._routes = self._padding = self.inputs = None
         self._log, self._dirty, self.trim_at = (), False, NEVER
         self.is_listening, self.heard = False, None
         self.wake()
@@ -202,7 +202,7 @@ class RouterState:
     def _rows(self) -> np.ndarray:
         """The counters on the host but for a decision not read. Waits for the device after stock code changed them."""
         if self._log:
-            self._catch_up()
+            self.catch_up()
         if self._host is None:
             self._host = np.array(self.caches[1][0])
         return self._host
@@ -210,24 +210,24 @@ class RouterState:
     @property
     def counters(self) -> np.ndarray:
         """The rows' counters on the host, int32 `[B, 9]`. Waits for the device, for a decision just made too."""
-        self._catch_up()
-        if self._decision is not None:
-            self.learn(self._decision.read())
+        self.catch_up()
+        if self.decision is not None:
+            self.learn(self.decision.read())
         return self._rows
 
     def learn(self, routes: list[Route | None]) -> None:
         """Take what the newest decision says, of each row, once somebody has read it."""
         for row, route in zip(self._rows, routes, strict=True):
             row[Counter.ROUTE] = row[Counter.ROUTE] if route is None else route
-        self._decision = self.inputs = None  # now: who interrupts the wait can ask again
+        self.decision = self.inputs = None  # now: who interrupts the wait can ask again
 
     def undecided(self) -> mx.array | None:
         """The rows' routes as codes, int32 `[B]`, while they are a decision of all rows that nobody read; else None.
 
         Does not wait for the device.
         """
-        is_new = self._decision is not None and all(self._decision.fed) and not self._log
-        return self._decision.codes if is_new else None
+        is_new = self.decision is not None and all(self.decision.fed) and not self._log
+        return self.decision.codes if is_new else None
 
     @property
     def routes(self) -> list[Route]:
@@ -319,7 +319,7 @@ class RouterState:
         own = counters[Counter.SHORT_CALLS] == 1 and counters[Counter.SHORT_TOKENS] == gap
         if (gap or counters[Counter.SHORT_CALLS]) and not own:
             counters[Counter.TURN] = 0
-            if self._decision is not None or counters[Counter.ROUTE] != Route.UNSET:
+            if self.decision is not None or counters[Counter.ROUTE] != Route.UNSET:
                 counters[Counter.BOUND] = Bound.ROUTED
         counters[Counter.END] = offset
         counters[[Counter.SHORT_CALLS, Counter.SHORT_TOKENS]] = 0
@@ -352,9 +352,9 @@ class RouterState:
         bound = (self._rows[:, Counter.BOUND] != Bound.FREE) & short
         if bound.any():
             fed = self._hold_full(bound, fed)
-        elif not all(fed) and self._decision is not None:
+        elif not all(fed) and self.decision is not None:
             self.counters  # noqa: B018 (reads the last decision, which some rows keep)
-        self._decision = Decision(codes, fed)
+        self.decision = Decision(codes, fed)
         self._dirty, self._routes = True, None
 
     def _hold_full(self, bound: np.ndarray, fed: list[bool]) -> list[bool]:
@@ -372,8 +372,8 @@ class RouterState:
 
     def start_decision(self, beside: Any = ()) -> None:
         """Start computing a decision just made, in one piece of work with arrays that do not depend on it."""
-        if self._decision is not None:
-            mx.async_eval(self._decision.codes, beside)
+        if self.decision is not None:
+            mx.async_eval(self.decision.codes, beside)
 
     def _rewind(self) -> None:
         """Forget what was pooled of tokens that are gone. A layer that dropped keys stays sparse.

@@ -50,15 +50,16 @@ def test_no_kind_of_node_is_flux_alone(rows):
         assert compiled == [LAYERS, LAYERS]
 
 
-def test_host_time_says_whether_full_layers_are_stocks(tmp_path, monkeypatch):
+def test_host_time_says_how_far_full_layers_are_from_stock(tmp_path, monkeypatch):
     path = tmp_path / "found.json"
     arguments = ["--shape", "tiny", "--lengths", "300", "-g", "1", "--json", str(path)]
     mlx_host_time.main(arguments)
-    assert json.loads(path.read_text())["full_equals_stock"] == {"300": True}
+    assert json.loads(path.read_text())["logits_over_stock"]["300"] == {"stock_again": 0.0, "full": 0.0}
     step = RoutedBlock.decode_token
     monkeypatch.setattr(RoutedBlock, "decode_token", lambda self, *args: 1.001 * step(self, *args))
     mlx_host_time.main(arguments)
-    assert json.loads(path.read_text())["full_equals_stock"] == {"300": False}
+    found = json.loads(path.read_text())["logits_over_stock"]["300"]
+    assert found["stock_again"] == 0.0 < found["full"] < 0.1
 
 
 def test_what_was_replaced_is_put_back():

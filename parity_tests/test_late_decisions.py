@@ -1,4 +1,4 @@
-"""Exact prefill whose routes stay on the device, its kernels played by operations: the host's way but for the waits."""
+"""Prefill whose routes stay on the device, its kernels played by operations: the host's way but for the waits."""
 
 from __future__ import annotations
 
@@ -130,6 +130,63 @@ def test_a_last_layer_of_one_chunk(monkeypatch, device):
     check_alike(*caches)
 
 
+def generated(model: Any, tokens: list[int], cache: list[Any], step: int, **options: Any) -> list[int]:
+    """Six tokens by stock mlx-lm, the prompt in its chunks."""
+    steps = generate_step(mx.array(tokens), model, prompt_cache=cache, prefill_step_size=step, max_tokens=6, **options)
+    return [token for token, _ in steps]
+
+
+@pytest.mark.parametrize("step", [20, 64, 100, 256])
+@pytest.mark.parametrize("seed", range(3))
+def test_stock_s_chunks_leave_what_the_host_s_way_does_and_read_once(monkeypatch, device, step, seed):
+    model, tokens = flux_model(seed=seed), prompt(TOKENS, seed)
+    caches = [model.make_cache(), model.make_cache()]
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel_policy, "choose_undecided", lambda *_: "ops")
+        expected = generated(model, tokens, caches[0], step)
+    assert (device["read"] >= LAYERS, device["late"]) == (True, 0)
+    device.clear()
+    assert generated(model, tokens, caches[1], step) == expected
+    assert (device["read"], device["routes"]) == (1, LAYERS)
+    chunks = -(-(TOKENS - 1) // step)
+    last_is_short = 0 < (TOKENS - 1) % step < model.flux.router.min_prefill_tokens
+    assert device["late"] == LAYERS * (chunks - (step <= 24) - last_is_short)
+    check_alike(*reversed(caches))
+
+
+@pytest.mark.parametrize("turns", [(150, 107), (100, 20, 137), (40, 30, 60, 5)])
+def test_later_turns_in_stock_s_chunks_keep_their_rules(monkeypatch, device, turns):
+    for seed in range(3):
+        model = flux_model(seed=seed)
+        caches = [model.make_cache(), model.make_cache()]
+        for turn, tokens in enumerate(turns):
+            with monkeypatch.context() as patch:
+                patch.setattr(kernel_policy, "choose_undecided", lambda *_: "ops")
+                expected = generated(model, prompt(tokens, turn + seed), caches[0], 32)
+            assert generated(model, prompt(tokens, turn + seed), caches[1], 32) == expected
+            check_alike(*reversed(caches))
+
+
+def test_a_prompt_that_the_window_holds_reads_no_route(device):
+    model = flux_model()
+    generated(model, prompt(18), model.make_cache(), 64)
+    assert device["read"] == device["late"] == 0
+
+
+@pytest.mark.parametrize("how", ["evict", "kv_bits", "batch"])
+def test_what_stock_s_chunks_leave_to_the_host(device, how):
+    model, tokens = flux_model(), prompt(TOKENS)
+    flux_mlx.set_kv_policy(model, "evict" if how == "evict" else "keep")
+    cache = model.make_cache()
+    if how == "batch":
+        model(mx.array([tokens[:100], tokens[100:200]]), cache=cache)
+    else:
+        options = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0} if how == "kv_bits" else {}
+        generated(model, tokens, cache, 24, **options)
+    assert device["late"] == 0
+    assert device["read"] > 0
+
+
 @pytest.mark.parametrize("turns", [(150, 107), (100, 20, 137), (40, 30, 60, 5)])
 def test_later_turns_keep_their_rules(monkeypatch, device, turns):
     """A short turn takes a layer to FULL, never from it: some layers' routes are not the decision's."""
@@ -254,7 +311,7 @@ def test_other_patterns_are_left_to_the_host(monkeypatch, device, name):
     monkeypatch.setattr(kernel_policy, "_may_use_kernels", lambda: True)
     monkeypatch.setattr(cuda_kernels, "is_available", lambda: True)
     monkeypatch.setattr(cuda_kernels, "device", lambda: H100)
-    assert kernel_policy.choose_undecided(q, q, q, PatternConfig(name), 9000) == "ops"
+    assert kernel_policy.choose_undecided(q, q, q, PatternConfig(name), 9000, 9000) == "ops"
 
 
 def test_the_policy(monkeypatch):
@@ -267,7 +324,7 @@ def test_the_policy(monkeypatch):
     def choose(dtype: mx.Dtype, L: int = 100, prompt_tokens: int = 9000) -> str:
         monkeypatch.setattr(kernel_policy, "RECORD", kernel_policy.Record())
         q, k = mx.zeros((1, 4, L, 64), dtype), mx.zeros((1, 2, L, 64), dtype)
-        return kernel_policy.choose_undecided(q, k, k, PatternConfig(), prompt_tokens)
+        return kernel_policy.choose_undecided(q, k, k, PatternConfig(), prompt_tokens, prompt_tokens)
 
     assert choose(mx.bfloat16) == "ops"  # no CUDA device
     monkeypatch.setattr(kernel_policy, "self_test", self_test)
