@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from flux_mlx.cache import CacheList
-from flux_mlx.router_state import Decision
+from flux_mlx.router_state import Decision, joined_for_host
 
 
 class LateDecisions:
@@ -37,7 +37,7 @@ class LateDecisions:
         self.entries = [entry for entry in self.entries if entry.undecided() is not None]  # a callback may read routes
         if self.entries:
             codes = [entry.undecided() for entry in self.entries]
-            self._joined = Decision(mx.concatenate(codes), [True] * len(codes))
+            self._joined = Decision(joined_for_host(codes), [True] * len(codes))
             mx.async_eval(self._joined.codes, beside)
 
     def read(self) -> None:

@@ -192,7 +192,7 @@ class RoutedAttention:
         if not cuda_kernels.is_available() or type(kv) is not KVCache or not self.may_stay_undecided(tokens, cache):
             return None
         cache.catch_up()
-        if (codes := cache.undecided()) is None:
+        if cache.undecided() is None:
             return None
         q, k, v = self.project_at(x, kv.offset)
         all_tokens = cache.pinned or kv.offset + tokens
@@ -202,7 +202,7 @@ class RoutedAttention:
         kv.update_and_fetch(k, v)
         sizes = {"prompt_tokens": cache.pinned, "scale": self.scale, "kv_tokens": kv.offset}
         family = cuda_kernels.FAMILIES[impl]
-        out, _ = cuda_kernels.routed_attention(q, kv.keys, kv.values, codes, pattern, family=family, **sizes)
+        out, _ = cuda_kernels.routed_attention(q, kv.keys, kv.values, cache.lend(), pattern, family=family, **sizes)
         return self.o_proj(out.swapaxes(1, 2).reshape(1, tokens, -1))
 
     def may_stay_undecided(self, tokens: int, cache: CacheList) -> bool:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from flux_mlx.cuda_kernels import rows_on_device
 from flux_mlx.spec import Route
 
 RESTLESS = object()  # `RouterState.calm` of a cache that every call must look at: no layer's `forced`
@@ -56,10 +57,21 @@ class Decision(NamedTuple):
 
     codes: mx.array  # int32 [B], of Route
     fed: list[bool]  # rows that it counts for; the others keep their route
+    is_lent: bool = False  # kernels under way may read `codes`
 
     def read(self) -> list[Route | None]:
         """The rows' new routes, None where they keep theirs. Waits for the device."""
-        return [Route(code) if fed else None for code, fed in zip(self.codes.tolist(), self.fed, strict=True)]
+        codes = joined_for_host([self.codes]) if self.is_lent else self.codes
+        return [Route(code) if fed else None for code, fed in zip(codes.tolist(), self.fed, strict=True)]
+
+
+def joined_for_host(codes: list[mx.array]) -> mx.array:
+    """Decisions of one row or more, joined, in memory that no kernel reads.
+
+    MLX on CUDA moves what the host reads to other memory, and does not wait for kernels that read it where it was.
+    """
+    repeats = -(-rows_on_device(len(codes), codes[0].itemsize) // len(codes))  # of one alone MLX would make no copy
+    return mx.concatenate(codes * repeats)[: sum(part.size for part in codes)]
 
 
 class Call:
@@ -228,6 +240,11 @@ class RouterState:
         """
         is_new = self.decision is not None and all(self.decision.fed) and not self._log
         return self.decision.codes if is_new else None
+
+    def lend(self) -> mx.array:
+        """`undecided`, where it is not None, for a kernel to read."""
+        self.decision = self.decision._replace(is_lent=True)
+        return self.decision.codes
 
     @property
     def routes(self) -> list[Route]:

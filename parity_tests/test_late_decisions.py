@@ -12,7 +12,15 @@ import pytest
 from mlx_lm.generate import generate_step
 
 import flux_mlx
-from flux_mlx import attention, cuda_catalog, cuda_kernels, kernel_policy, routed_attention
+from flux_mlx import (
+    attention,
+    cuda_catalog,
+    cuda_kernels,
+    kernel_policy,
+    late_decisions,
+    routed_attention,
+    router_state,
+)
 from flux_mlx.kernel_self_test import Variant
 from flux_mlx.router_state import Decision
 from flux_mlx.spec import PatternConfig, Route
@@ -276,6 +284,50 @@ def test_a_callback_may_read_routes(monkeypatch, device):
     flux_mlx.prefill(model, mx.array(tokens), cache, prefill_step_size=64, prompt_progress_callback=look)
     assert device["read"] == LAYERS
     check_alike(cache, expected)
+
+
+def address(x: mx.array) -> int:
+    mx.eval(x)
+    return np.asarray(memoryview(x)).__array_interface__["data"][0]
+
+
+def test_the_host_reads_no_memory_that_kernels_read(monkeypatch, device):
+    """MLX moves what the host reads while kernels under way read it where it was."""
+    lent, read = [], []
+    attend, joined = cuda_kernels.routed_attention, router_state.joined_for_host
+
+    def noted_attend(q, k, v, route, *args, **options):
+        lent.append(route)
+        return attend(q, k, v, route, *args, **options)
+
+    def noted_join(codes: list[mx.array]) -> mx.array:
+        read.append(joined(codes))
+        return read[-1]
+
+    monkeypatch.setattr(cuda_kernels, "routed_attention", noted_attend)
+    monkeypatch.setattr(late_decisions, "joined_for_host", noted_join)
+    monkeypatch.setattr(router_state, "joined_for_host", noted_join)
+    model, tokens = flux_model(), prompt(TOKENS)
+    for index, attn in flux_mlx.models.routed_layers(model).items():
+        attn.forced = Route.SPARSE if index != 1 else None
+    filled(model, tokens, 64)
+    assert len(read) == 1
+    caches = [model.make_cache()]
+    look = {"prompt_progress_callback": lambda done, _: done and caches[0][done - 1].routes}
+    flux_mlx.prefill(model, mx.array(tokens), caches[0], prefill_step_size=64, **look)
+    assert len(read) == 2
+    assert not {address(x) for x in lent} & {address(x) for x in read}
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 5])
+def test_decisions_are_joined_in_the_device_s_own_memory(layers):
+    parts = [mx.array([1 + layer % 2]) for layer in range(layers)]
+    joined = router_state.joined_for_host(parts)
+    assert joined.tolist() == [1 + layer % 2 for layer in range(layers)]
+    graph = io.StringIO()
+    mx.export_to_dot(graph, router_state.joined_for_host(parts))
+    assert "Concatenate" in graph.getvalue()
+    assert address(joined) not in {address(part) for part in parts}
 
 
 def test_a_layer_that_is_done_holds_on_to_no_inputs(device):
