@@ -266,6 +266,8 @@ def _one_call(model: nn.Module, attns: dict[int, RoutedAttention], cache: list[A
     entries = _OnTheWay(cache)
     inner_model(model)(tokens, entries)
     entries.hand_over(len(entries))
+    if not hearing:  # the last layer's decision, which no keys depend on: another thread could not compute it
+        mx.async_eval([entry.undecided() for entry in cache if isinstance(entry, CacheList)])
     for entry, attn in hearing:
         x, entry.is_listening, entry.heard = entry.heard, False, None
         attn.settle(x, entry, offset)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import mlx.core as mx
@@ -135,6 +137,28 @@ def test_a_last_layer_of_one_chunk(monkeypatch, device):
             flux_mlx.prefill(model, mx.array(prompt(5, 1)), cache)
         caches.append(cache)
     assert device["read"] <= 1
+    check_alike(*caches)
+
+
+def in_a_thread(run: Callable[[], Any]) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run).result()
+
+
+@pytest.mark.parametrize("tokens", [(100, 60), (TOKENS,)])
+def test_another_thread_may_decode(device, tokens):
+    """MLX computes work that a thread left undone in that thread only: the prompt leaves none."""
+    model, caches = flux_model(), []
+    for run in (lambda prefill: prefill(), in_a_thread):
+        cache = model.make_cache()
+
+        def prefill(cache: list[Any] = cache) -> None:
+            for turn, n in enumerate(tokens):
+                flux_mlx.prefill(model, mx.array(prompt(n, turn)), cache, prefill_step_size=100)
+
+        run(prefill)
+        answer(model, cache)
+        caches.append(cache)
     check_alike(*caches)
 
 
