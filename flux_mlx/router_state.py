@@ -17,6 +17,7 @@ device do not ask: see `RouterState.undecided`.
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -178,11 +179,14 @@ class RouterState:
         self.inputs = None  # the arrays hold on to them, until these are evaluated
         if not self._dirty:
             return
-        counters = mx.array(self._host)
-        if self.decision is not None:
-            codes = mx.where(mx.array(self.decision.fed), self.decision.codes, counters[:, Counter.ROUTE])
-            counters = mx.concatenate([codes[:, None], counters[:, Counter.ROUTE + 1 :]], axis=1)
-        self.caches[1][0] = counters
+        if self.decision is None:
+            self.caches[1][0] = mx.array(self._host)
+        else:
+            codes, fed = self.decision.codes, self.decision.fed
+            if not all(fed):
+                codes = mx.where(mx.array(fed), codes, mx.array(self._host[:, Counter.ROUTE]))
+            others = _behind_routes(len(fed), self._host[:, Counter.ROUTE + 1 :].tobytes())
+            self.caches[1][0] = mx.concatenate([codes[:, None], others], axis=1)
         self._dirty = False
 
     def compute(self) -> None:
@@ -410,6 +414,12 @@ class RouterState:
             counters[Counter.BOUND] = Bound.STALE_FULL if offset > 0 and _was_full(counters) else Bound.FREE
             counters[Counter.ROUTE] = Route.SPARSE if self.is_evicted else Route.UNSET
         self._dirty = True
+
+
+@lru_cache(maxsize=64)
+def _behind_routes(rows: int, counters: bytes) -> mx.array:
+    """Counters but for the routes, int32 `[B, 8]`. A model's layers share them: a GPU fetches host memory by pages."""
+    return mx.array(np.frombuffer(counters, np.int32).reshape(rows, -1))
 
 
 def _was_full(counters: np.ndarray) -> bool:

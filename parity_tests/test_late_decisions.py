@@ -186,6 +186,21 @@ def test_stock_s_chunks_leave_what_the_host_s_way_does_and_read_once(monkeypatch
     check_alike(*reversed(caches))
 
 
+def test_what_stock_evaluates_of_a_chunk_takes_one_array_of_the_host_s(device):
+    """And a concatenation and a view for every layer, no more."""
+    router_state._behind_routes.cache_clear()
+    model = flux_model()
+    cache = model.make_cache()
+    for start in range(0, 193, 64):
+        model(mx.array([prompt(TOKENS)[start : start + 64]]), cache=cache)
+        mx.eval([entry.decision.codes for entry in cache])
+        states, graph = [entry.state for entry in cache], io.StringIO()
+        mx.export_to_dot(graph, *(entry.caches[1][0] for entry in cache))
+        assert graph.getvalue().count("rectangle") == 2 * LAYERS
+        mx.eval(states)
+    assert router_state._behind_routes.cache_info().misses == 4  # chunks
+
+
 @pytest.mark.parametrize("turns", [(150, 107), (100, 20, 137), (40, 30, 60, 5)])
 def test_later_turns_in_stock_s_chunks_keep_their_rules(monkeypatch, device, turns):
     for seed in range(3):
