@@ -373,6 +373,9 @@ class RouterState:
         bound = (self._rows[:, Counter.BOUND] != Bound.FREE) & short
         if bound.any():
             fed = self._hold_full(bound, fed)
+            if not any(fed):  # all are FULL, as the host knows
+                self.compute()
+                return
         elif not all(fed) and self.decision is not None:
             self.counters  # noqa: B018 (reads the last decision, which some rows keep)
         self.decision = Decision(codes, fed)
@@ -389,6 +392,7 @@ class RouterState:
         was_full = (counters[:, Counter.ROUTE] == Route.FULL) | (counters[:, Counter.BOUND] == Bound.STALE_FULL)
         held = bound & was_full
         counters[held & fed, Counter.ROUTE] = Route.FULL
+        self._dirty, self._routes = True, None
         return (np.array(fed) & ~held).tolist()
 
     def start_decision(self, beside: Any = ()) -> None:

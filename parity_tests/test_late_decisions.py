@@ -263,6 +263,7 @@ def test_a_short_turn_takes_no_layer_from_full(monkeypatch, device, first):
     flux_mlx.prefill(model, mx.array(prompt(model.flux.router.pool_tokens - 1, 1)), cache, prefill_step_size=5)
     assert flux_mlx.routes(cache) == [first] * LAYERS
     assert device["late"] == (0 if first == Route.FULL else 2 * LAYERS)
+    assert device["read"] == (first == Route.SPARSE)
 
 
 @pytest.mark.parametrize("forced", [(0, 2), (3,), (0, 1, 2, 3)])
