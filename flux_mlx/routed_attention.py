@@ -196,13 +196,11 @@ class RoutedAttention:
             return None
         q, k, v = self.project_at(x, kv.offset)
         all_tokens = cache.pinned or kv.offset + tokens
-        impl = kernel_policy.choose_undecided(q, k, v, pattern, cache.pinned, all_tokens)
-        if impl == "ops":
+        if kernel_policy.choose_undecided(q, k, v, pattern, cache.pinned, all_tokens) == "ops":
             return None
         kv.update_and_fetch(k, v)
         sizes = {"prompt_tokens": cache.pinned, "scale": self.scale, "kv_tokens": kv.offset}
-        family = cuda_kernels.FAMILIES[impl]
-        out, _ = cuda_kernels.routed_attention(q, kv.keys, kv.values, cache.lend(), pattern, family=family, **sizes)
+        out, _ = cuda_kernels.routed_attention(q, kv.keys, kv.values, cache.lend(), pattern, **sizes)
         return self.o_proj(out.swapaxes(1, 2).reshape(1, tokens, -1))
 
     def may_stay_undecided(self, tokens: int, cache: CacheList) -> bool:

@@ -52,7 +52,7 @@ def seen(monkeypatch) -> Counter:
 def device(monkeypatch, seen) -> Counter:
     """Routes stay on the device: kernels that operations play compute both attentions and take the route's."""
 
-    def routed_attention(q, k, v, route, pattern, *, prompt_tokens, scale, kv_tokens, family):
+    def routed_attention(q, k, v, route, pattern, *, prompt_tokens, scale, kv_tokens):
         assert route.dtype == mx.int32
         seen["late"] += 1
         keys, values = k[:, :, :kv_tokens], v[:, :, :kv_tokens]
@@ -413,10 +413,11 @@ def test_the_policy(monkeypatch):
     def self_test(variant: Variant, run: Any) -> str:
         return verdicts.get(variant.backend, "")
 
-    def choose(dtype: mx.Dtype, L: int = 100, prompt_tokens: int = 9000) -> str:
+    def choose(dtype: mx.Dtype, L: int = 100, prompt_tokens: int = 9000, block_size: int = 128) -> str:
         monkeypatch.setattr(kernel_policy, "RECORD", kernel_policy.Record())
         q, k = mx.zeros((1, 4, L, 64), dtype), mx.zeros((1, 2, L, 64), dtype)
-        return kernel_policy.choose_undecided(q, k, k, PatternConfig(), prompt_tokens, prompt_tokens)
+        pattern = PatternConfig(block_size=block_size)
+        return kernel_policy.choose_undecided(q, k, k, pattern, prompt_tokens, prompt_tokens)
 
     assert choose(mx.bfloat16) == "ops"  # no CUDA device
     monkeypatch.setattr(kernel_policy, "self_test", self_test)
@@ -428,14 +429,13 @@ def test_the_policy(monkeypatch):
     assert choose(mx.bfloat16) == choose(mx.float16, L=3) == "cuda"
     assert choose(mx.float32) == "ops"
     assert choose(mx.bfloat16, prompt_tokens=2000) == "ops"
+    assert choose(mx.bfloat16, block_size=64) == "ops"  # of prefill's kernels the portable one alone
+    assert choose(mx.bfloat16, L=3, block_size=64) == "cuda"
     verdicts["cuda"] = "wrong"
     with pytest.warns(RuntimeWarning, match="wrong"):
-        assert choose(mx.bfloat16) == "cuda-portable"
-    verdicts["cuda-portable"] = "wrong"
-    with pytest.warns(RuntimeWarning, match="wrong"):
         assert choose(mx.bfloat16) == "ops"
-    monkeypatch.setattr(cuda_kernels, "device", lambda: cuda_catalog.Device(7, 5, 40, 1 << 20))
-    assert choose(mx.bfloat16) == "ops"
-    monkeypatch.setattr(cuda_kernels, "device", lambda: AMPERE)
     verdicts.clear()
-    assert choose(mx.bfloat16) == "cuda"
+    for where in (cuda_catalog.Device(7, 5, 40, 1 << 20), AMPERE):
+        monkeypatch.setattr(cuda_kernels, "device", lambda where=where: where)
+        assert choose(mx.bfloat16) == "ops"
+    assert choose(mx.bfloat16, L=3) == "cuda"
