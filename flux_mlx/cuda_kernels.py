@@ -94,7 +94,8 @@ def rows_on_device(rows: int, row_bytes: int) -> int:
     """`rows`, or as many as an array of rows of `row_bytes` must have for MLX to keep it in the GPU's own memory.
 
     Up to 8 bytes go to a pool that host and GPU share: once the host has read there, the GPU's next write waits for
-    the page, ten times as long as a small kernel takes. So kernels write to, and read from, larger buffers.
+    the page, ten times as long as a small kernel takes. So kernels write to, and read from, larger buffers. Those that
+    the host reads move to shared memory as well, and MLX gives them out again: it is best that it reads few.
     """
     return max(rows, _SHARED_BYTES // row_bytes + 1)
 
