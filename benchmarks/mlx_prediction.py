@@ -277,7 +277,7 @@ def stages() -> dict[str, float]:
         "4bit": compare_s(4, 32768, 25, 2, 32) + compare_s(4, 131072, 25, 1, 32),
         "batch": compare_s(4, 32768, 25, 1, 32, rows=8),
         "4bit-256k": compare_s(4, 262144, 28, 1, 32),
-        "timeline": 3 * (7 * sum(prompts) + 40 * token_s(QWEN3_8B, H100, 16, 131072)) + 10,  # PyTorch, and its tracer
+        "timeline": 35 * sum(prompts) + 120 * token_s(QWEN3_8B, H100, 16, 131072) + 10,  # PyTorch, and its tracer
     }
     return {name: START_S + value for name, value in seconds.items()}
 

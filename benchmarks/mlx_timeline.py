@@ -163,12 +163,13 @@ def flux_prefill(model: nn.Module, tokens: mx.array, step: int) -> None:
 
 
 def prefill_kinds(args: argparse.Namespace, model: nn.Module) -> Iterator[tuple[str, Callable[[mx.array, int], None]]]:
-    """Stock, Flux with its routers, and the same routes by force: name and prefill, set up when they are asked for."""
+    """Stock; Flux by force, with its routers, and both in stock's chunks: name and prefill, set up when asked for."""
     stock = stock_view(model)
     yield "stock", lambda tokens, step: stock_prefill(stock, tokens, step)
-    for name, forced in (("forced", True), ("routed", False)):
-        force_routes(args, model, forced)
-        yield name, lambda tokens, step: flux_prefill(model, tokens, step)
+    for chunks, run in (("", flux_prefill), (", stock's chunks", stock_prefill)):
+        for name, forced in (("forced", True), ("routed", False)):
+            force_routes(args, model, forced)
+            yield name + chunks, lambda tokens, step, run=run: run(model, tokens, step)
 
 
 def prefills(args: argparse.Namespace, model: nn.Module, tokens: int) -> Iterator[dict[str, Any]]:

@@ -100,24 +100,31 @@ def test_flux_prefill_is_exact_prefill_of_the_prompt(monkeypatch):
 def test_rows_of_all_kinds(tmp_path, monkeypatch):
     forced, path = [], tmp_path / "timeline.json"
     monkeypatch.setattr(mlx_timeline, "traced", lambda run: (run(), TRACE)[1])
-    prefill = mlx_timeline.flux_prefill
 
-    def watched(model, *args):
-        forced.append([attn.forced for attn in routed_layers(model).values()])
-        prefill(model, *args)
+    def watch(run):
+        def watched(model, *args):
+            forced.append([attn.forced for attn in routed_layers(model).values()])
+            run(model, *args)
 
-    monkeypatch.setattr(mlx_timeline, "flux_prefill", watched)
+        return watched
+
+    for name in ("flux_prefill", "stock_prefill"):
+        monkeypatch.setattr(mlx_timeline, name, watch(getattr(mlx_timeline, name)))
     sizes = ("--shape", "tiny", *PATTERN, "--chunk", "32", "-n", "1", "--json", str(path))
     mlx_timeline.main([*sizes, "--prefill", "100", "--decode", "200"])
     rows = json.loads(path.read_text())["rows"]
-    assert [row["kind"] for row in rows] == ["stock", "forced", "routed", "stock", "full", "spread"]
-    assert [row["of"] for row in rows] == 3 * ["prefill"] + 3 * [f"{TOKENS} tokens decoded"]
+    prefills, decodes = rows[:5], rows[5:]
+    kinds = ["stock", "forced", "routed", "forced, stock's chunks", "routed, stock's chunks"]
+    assert [row["kind"] for row in prefills] == kinds
+    assert [row["kind"] for row in decodes] == ["stock", "full", "spread"]
+    assert [row["of"] for row in rows] == 5 * ["prefill"] + 3 * [f"{TOKENS} tokens decoded"]
     assert all(row["untraced_s"] > 0 and row["busy_us"] == 25.0 for row in rows)
-    assert [row["token_busy_us"] for row in rows[3:]] == 3 * [25.0 / TOKENS]
-    assert "ceiling_of_device" not in rows[3]
-    assert rows[4]["ceiling_of_device"] == rows[4]["fraction_of_device_ceiling"] == 1.0
-    assert rows[5]["ceiling_of_device"] > 1.0
-    assert [None in routes for routes in forced] == 3 * [False] + 3 * [True]  # a run before, one timed, one traced
+    assert [row["token_busy_us"] for row in decodes] == 3 * [25.0 / TOKENS]
+    assert "ceiling_of_device" not in decodes[0]
+    assert decodes[1]["ceiling_of_device"] == decodes[1]["fraction_of_device_ceiling"] == 1.0
+    assert decodes[2]["ceiling_of_device"] > 1.0
+    routed = [None in routes for routes in forced if routes]  # stock's model has none
+    assert routed == 2 * (3 * [False] + 3 * [True])  # a run before, one timed, one traced
 
 
 def test_lengths_are_those_of_prefill_and_of_decode(capsys):
