@@ -392,6 +392,8 @@ def _prefill_layer(
             left -= chunk.shape[1]
         if needs_route and late is not None and not is_last:
             late.add(entry)
+        if routed and not needs_route:  # nothing waited for its decision: another thread could not compute it
+            entry.compute()
         if evicts and not attn.is_dense(entry, 0) and Route.SPARSE in entry.routes:
             entry.evict(attn.flux.pattern)
     finally:
