@@ -30,6 +30,7 @@ from flux_mlx.cache import CacheList, tokens_held
 from flux_mlx.families import inner_model
 from flux_mlx.late_decisions import LateDecisions
 from flux_mlx.models import routed_layers
+from flux_mlx.one_layer import OneLayer, attention_input, embed
 from flux_mlx.routed_attention import RoutedAttention, prompt_ends
 from flux_mlx.spec import FluxConfig, Route
 
@@ -41,92 +42,11 @@ CHUNKS_AHEAD = (
 LAYERS_AT_ONCE = 4  # of a prompt of one chunk, handed to the device together: about a graph of MLX's CUDA backend
 
 
-class _Skipped:
-    """A layer that hands the hidden states through. Other attributes are the real layer's."""
-
-    def __init__(self, layer: nn.Module):
-        self._layer = layer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
-
-    def __call__(self, h: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        return h
-
-
-class _Receiver(_Skipped):
-    """The first layer's place: keeps the hidden states that it is handed."""
-
-    def __call__(self, h: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        self.hidden = h
-        return h
-
-
-class _Active(_Skipped):
-    """The one layer that runs: on `hidden`, whatever the stock loop hands it."""
-
-    hidden: mx.array
-
-    def __call__(self, h: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        self.out = self._layer(self.hidden, *args, **kwargs)
-        return h
-
-
-class _Probe:
-    """Stands in for an attention module and keeps its input."""
-
-    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        self.x = x
-        return mx.zeros_like(x)
-
-
-def _attention_input(layer: nn.Module, hidden: mx.array) -> mx.array:
-    """What the layer's attention module would get: `[1, L, hidden]`, norms of the family included."""
-    view = copy.copy(layer)
-    view.self_attn = probe = _Probe()
-    view(hidden, None, None)
-    return probe.x
-
-
-def _entries(cache: list[Any], index: int) -> list[Any]:
-    """`cache` with layer `index`'s entry in every place of its kind.
-
-    A family makes one mask for all layers of a kind, from the first one's entry: it must be made for this offset.
-    """
-    return [cache[index] if type(entry) is type(cache[index]) else entry for entry in cache]
-
-
-class _OneLayer:
-    """One layer within the stock forward pass, which makes the masks."""
-
-    def __init__(self, inner: nn.Module, index: int, cache: list[Any]):
-        self._view = copy.copy(inner)
-        self._layer = _Active(inner.layers[index])
-        self._view.layers = [self._layer if i == index else _Skipped(other) for i, other in enumerate(inner.layers)]
-        self._cache = cache
-        self._index = index
-
-    def __call__(self, tokens: mx.array, hidden: mx.array) -> mx.array:
-        """The layer over one chunk: `[1, L, hidden]` to the same."""
-        self._layer.hidden = hidden
-        self._view(tokens, _entries(self._cache, self._index))
-        return self._layer.out
-
-
-def _embed(inner: nn.Module, tokens: mx.array, cache: list[Any]) -> mx.array:
-    """Hidden states that the first layer gets: `[1, L, hidden]`, the family's scaling included."""
-    view = copy.copy(inner)
-    probe = _Receiver(inner.layers[0])
-    view.layers = [probe] + [_Skipped(layer) for layer in inner.layers[1:]]
-    view(tokens, _entries(cache, 0))
-    return probe.hidden
-
-
 def _route_layer(layer: nn.Module, entry: CacheList, chunks: list[mx.array]) -> None:
     """Have the layer's route decided from both ends of the prompt, unless it is forced."""
     attn: Any = layer.self_attn
     if attn.forced is None:
-        ends = _attention_input(layer, prompt_ends(chunks, attn.flux.router.pool_tokens))
+        ends = attention_input(layer, prompt_ends(chunks, attn.flux.router.pool_tokens))
         attn.feed(ends, sum(chunk.shape[1] for chunk in chunks), entry)
         attn.decide(entry, [True])
 
@@ -236,7 +156,7 @@ def prefill(
         elif _is_one_stock_call(settings, chunks):
             layers = _one_call(model, attns, cache, chunks[0])
         else:
-            layers = _layer_by_layer(model, cache, chunks, LateDecisions() if kv_bits is None else None)
+            layers = _layer_by_layer(model, cache, chunks, LateDecisions(may_wait=kv_bits is None))
         for index in layers:
             layer_cache = cache[index : index + 1]
             maybe_quantize_kv_cache(layer_cache, quantized_kv_start, kv_group_size, kv_bits)
@@ -315,18 +235,13 @@ def _keys(entry: Any) -> list[Any]:
     return [entry.kv.state, entry.inputs] if isinstance(entry, CacheList) else entry.state
 
 
-def _layer_by_layer(
-    model: nn.Module, cache: list[Any], chunks: list[mx.array], late: LateDecisions | None
-) -> Iterator[int]:
-    """Run each layer over all chunks; yields the layers that are done.
-
-    With `late`, layers may go undecided until all are done.
-    """
-    hidden: list[mx.array | None] = [_embed(inner_model(model), chunk, cache) for chunk in chunks]
+def _layer_by_layer(model: nn.Module, cache: list[Any], chunks: list[mx.array], late: LateDecisions) -> Iterator[int]:
+    """Run each layer over all chunks; yields the layers that are done. `late` holds those not decided until then."""
+    hidden: list[mx.array | None] = [embed(inner_model(model), chunk, cache) for chunk in chunks]
     device = _Ahead(len(cache))
     for index in range(len(cache)):
         _prefill_layer(model, index, cache, chunks, hidden, device, late)
-        if late is not None and index == len(cache) - 1:
+        if index == len(cache) - 1:
             late.read()
         yield index
 
@@ -361,18 +276,18 @@ def _prefill_layer(
     chunks: list[mx.array],
     hidden: list[mx.array | None],
     device: _Ahead,
-    late: LateDecisions | None,
+    late: LateDecisions,
 ) -> None:
     """One layer over all chunks; `hidden`, the hidden states that it gets, become those that it puts out."""
     layer, entry, is_last = model.layers[index], cache[index], index == len(model.layers) - 1
-    attn, run = getattr(layer, "self_attn", None), _OneLayer(inner_model(model), index, cache)
+    attn, run = getattr(layer, "self_attn", None), OneLayer(inner_model(model), index, cache)
     routed = isinstance(entry, CacheList) and isinstance(attn, RoutedAttention)
     evicts = routed and attn.evicts and entry.offset == 0  # an interrupted prefill must find older keys again
     left = sum(chunk.shape[1] for chunk in chunks)
     if routed:
         entry.wake()
         entry.pinned, entry.drops_early = entry.offset + left + 1, evicts and attn.flux.pattern.name == "streaming"
-        entry.stays_undecided = late is not None and not attn.evicts
+        entry.stays_undecided = late.may_wait and not attn.evicts
         _route_layer(layer, entry, hidden)
     needs_route = routed and not attn.is_dense(entry, left)
     follows = needs_route and entry.stays_undecided and bool(late.entries)  # it will go as the layers before it went
@@ -384,13 +299,13 @@ def _prefill_layer(
             hidden[i] = None if is_last else out  # of the last layer only keys and values are needed
             if i == 0 and needs_route and not follows:  # keys of the first chunk: independent of the router's work
                 entry.start_decision(_keys(entry))
-            if i == 0 and is_last and late is not None:
+            if i == 0 and is_last:
                 if follows:
                     late.add(entry)
                 late.start(_keys(entry))
             device.hand_over(entry, hidden[i])
             left -= chunk.shape[1]
-        if needs_route and late is not None and not is_last:
+        if needs_route and not is_last:
             late.add(entry)
         if routed and not needs_route:  # nothing waited for its decision: another thread could not compute it
             entry.compute()

@@ -18,11 +18,15 @@ from flux_mlx.router_state import Decision, joined_for_host
 class LateDecisions:
     """Of one row's prompt.
 
+    Args:
+        may_wait: Whether a layer may be done before the host knows its route.
+
     Attributes:
         entries: Caches of the layers that ran without their route on the host, in order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, may_wait: bool = True) -> None:
+        self.may_wait = may_wait
         self.entries: list[CacheList] = []
         self._joined: Decision | None = None
 
