@@ -371,6 +371,7 @@ class RouterState:
             return
         short = self._rows[:, Counter.TURN] < self.caches[1][1].shape[1]
         bound = (self._rows[:, Counter.BOUND] != Bound.FREE) & short
+        self._dirty, self._routes = True, None
         if bound.any():
             fed = self._hold_full(bound, fed)
             if not any(fed):  # all are FULL, as the host knows
@@ -379,7 +380,6 @@ class RouterState:
         elif not all(fed) and self.decision is not None:
             self.counters  # noqa: B018 (reads the last decision, which some rows keep)
         self.decision = Decision(codes, fed)
-        self._dirty, self._routes = True, None
 
     def _hold_full(self, bound: np.ndarray, fed: list[bool]) -> list[bool]:
         """The fed rows without those that are to be FULL whatever the router says. These are FULL from now on.
@@ -392,7 +392,6 @@ class RouterState:
         was_full = (counters[:, Counter.ROUTE] == Route.FULL) | (counters[:, Counter.BOUND] == Bound.STALE_FULL)
         held = bound & was_full
         counters[held & fed, Counter.ROUTE] = Route.FULL
-        self._dirty, self._routes = True, None
         return (np.array(fed) & ~held).tolist()
 
     def start_decision(self, beside: Any = ()) -> None:
