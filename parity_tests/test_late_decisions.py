@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -80,9 +81,16 @@ def answer(model: Any, cache: list[Any]) -> None:
         mx.eval(model(mx.array([[token]]), cache=cache))
 
 
-def by_host(monkeypatch, *args: Any, **options: Any) -> list[Any]:
+@contextmanager
+def host_s_way(monkeypatch) -> Iterator[None]:
+    """Within it the host reads every route."""
     with monkeypatch.context() as patch:
         patch.setattr(kernel_policy, "choose_undecided", lambda *_: "ops")
+        yield
+
+
+def by_host(monkeypatch, *args: Any, **options: Any) -> list[Any]:
+    with host_s_way(monkeypatch):
         return filled(*args, **options)
 
 
@@ -131,9 +139,7 @@ def test_a_last_layer_of_one_chunk(monkeypatch, device):
     for fill in (by_host, lambda _, *args: filled(*args)):
         cache = fill(monkeypatch, model, tokens, 64)
         device.clear()
-        with monkeypatch.context() as patch:
-            if fill is by_host:
-                patch.setattr(kernel_policy, "choose_undecided", lambda *_: "ops")
+        with host_s_way(monkeypatch) if fill is by_host else nullcontext():
             flux_mlx.prefill(model, mx.array(prompt(5, 1)), cache)
         caches.append(cache)
     assert device["read"] <= 1
@@ -174,8 +180,7 @@ def generated(model: Any, tokens: list[int], cache: list[Any], step: int, **opti
 def test_stock_s_chunks_leave_what_the_host_s_way_does_and_read_once(monkeypatch, device, step, seed):
     model, tokens = flux_model(seed=seed), prompt(TOKENS, seed)
     caches = [model.make_cache(), model.make_cache()]
-    with monkeypatch.context() as patch:
-        patch.setattr(kernel_policy, "choose_undecided", lambda *_: "ops")
+    with host_s_way(monkeypatch):
         expected = generated(model, tokens, caches[0], step)
     assert (device["read"] >= LAYERS, device["late"]) == (True, 0)
     device.clear()
@@ -208,8 +213,7 @@ def test_later_turns_in_stock_s_chunks_keep_their_rules(monkeypatch, device, tur
         model = flux_model(seed=seed)
         caches = [model.make_cache(), model.make_cache()]
         for turn, tokens in enumerate(turns):
-            with monkeypatch.context() as patch:
-                patch.setattr(kernel_policy, "choose_undecided", lambda *_: "ops")
+            with host_s_way(monkeypatch):
                 expected = generated(model, prompt(tokens, turn + seed), caches[0], 32)
             assert generated(model, prompt(tokens, turn + seed), caches[1], 32) == expected
             check_alike(*reversed(caches))
@@ -243,8 +247,7 @@ def test_later_turns_keep_their_rules(monkeypatch, device, turns):
         caches = [model.make_cache(), model.make_cache()]
         for turn, tokens in enumerate(turns):
             chunk = mx.array(prompt(tokens, turn + seed))
-            with monkeypatch.context() as patch:
-                patch.setattr(kernel_policy, "choose_undecided", lambda *_: "ops")
+            with host_s_way(monkeypatch):
                 flux_mlx.prefill(model, chunk, caches[0], prefill_step_size=16)
             flux_mlx.prefill(model, chunk, caches[1], prefill_step_size=16)
             check_alike(*caches)
