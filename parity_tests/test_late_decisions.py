@@ -1,12 +1,12 @@
-"""Prefill whose routes stay on the device, its kernels played by operations: the host's way but for the waits."""
+"""Exact prefill whose routes stay on the device, its kernels played by operations: the host's way but for the waits."""
 
 from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +16,6 @@ from mlx_lm.generate import generate_step
 
 import flux_mlx
 from flux_mlx import (
-    attention,
     cuda_catalog,
     cuda_kernels,
     kernel_policy,
@@ -28,83 +27,28 @@ from flux_mlx.kernel_self_test import Variant
 from flux_mlx.router_state import Decision
 from flux_mlx.spec import PatternConfig, Route
 from parity_tests.cuda_cases import AMPERE, H100
+from parity_tests.late_routes import (
+    LAYERS,
+    TOKENS,
+    answer,
+    check_alike,
+    filled,
+    host_s_way,
+    play_device,
+    remembered,
+)
 from parity_tests.tiny_models import flux_model, prompt
 
-LAYERS = 4
-TOKENS = 257
-
 
 @pytest.fixture
-def seen(monkeypatch) -> Counter:
-    """What happened: reads of decisions ("read"), routes in them ("routes"), calls by a late route ("late")."""
-    counted: Counter[str] = Counter()
-    read = Decision.read
-
-    def counted_read(decision: Decision) -> list[Route | None]:
-        routes = read(decision)
-        counted.update(read=1, routes=len(routes))
-        return routes
-
-    monkeypatch.setattr(Decision, "read", counted_read)
-    return counted
-
-
-@pytest.fixture
-def device(monkeypatch, seen) -> Counter:
-    """Routes stay on the device: kernels that operations play compute both attentions and take the route's."""
-
-    def routed_attention(q, k, v, route, pattern, *, prompt_tokens, scale, kv_tokens):
-        assert route.dtype == mx.int32
-        seen["late"] += 1
-        keys, values = k[:, :, :kv_tokens], v[:, :, :kv_tokens]
-        full = attention.full_attention(q, keys, values, scale=scale)
-        sparse = attention.sparse_attention(q, keys, values, pattern, prompt_tokens=prompt_tokens, scale=scale)
-        return mx.where((route == int(Route.SPARSE))[:, None, None, None], sparse, full), None
-
-    monkeypatch.setattr(cuda_kernels, "is_available", lambda: True)
-    monkeypatch.setattr(kernel_policy, "use_cuda_router", lambda *_: False)
-    monkeypatch.setattr(kernel_policy, "choose", lambda *_: "ops")
-    monkeypatch.setattr(kernel_policy, "choose_undecided", lambda *_: "cuda")
-    monkeypatch.setattr(cuda_kernels, "routed_attention", routed_attention)
-    return seen
-
-
-def filled(model: Any, tokens: list[int], step: int, **options: Any) -> list[Any]:
-    cache = model.make_cache()
-    flux_mlx.prefill(model, mx.array(tokens), cache, prefill_step_size=step, **options)
-    return cache
-
-
-def answer(model: Any, cache: list[Any]) -> None:
-    """Two tokens, so that the next prompt is another turn."""
-    for token in (3, 5):
-        mx.eval(model(mx.array([[token]]), cache=cache))
-
-
-@contextmanager
-def host_s_way(monkeypatch) -> Iterator[None]:
-    """Within it the host reads every route."""
-    with monkeypatch.context() as patch:
-        patch.setattr(kernel_policy, "choose_undecided", lambda *_: "ops")
-        yield
+def device(monkeypatch) -> Counter:
+    """Routes stay on the device; what happened."""
+    return play_device(monkeypatch)
 
 
 def by_host(monkeypatch, *args: Any, **options: Any) -> list[Any]:
     with host_s_way(monkeypatch):
         return filled(*args, **options)
-
-
-def remembered(cache: list[Any]) -> list[np.ndarray]:
-    """Keys and values in use, and the router's state, of every layer."""
-    assert all(entry.state for entry in cache)  # asked for it, a cache brings its arrays up to what the host knows
-    held = [x[:, :, : entry.offset] for entry in cache for x in (entry.kv.keys, entry.kv.values)]
-    return [np.array(x) for x in held + [x for entry in cache for x in entry.caches[1].cache]]
-
-
-def check_alike(cache: list[Any], other: list[Any]) -> None:
-    assert flux_mlx.routes(cache) == flux_mlx.routes(other)
-    for mine, theirs in zip(remembered(cache), remembered(other), strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=1e-5 if mine.dtype == np.float32 else 0)
 
 
 @pytest.mark.parametrize("step", [16, 100, 200, 255])
@@ -167,76 +111,6 @@ def test_another_thread_may_decode(device, tokens, step):
         answer(model, cache)  # beyond what sink and window hold
         caches.append(cache)
     check_alike(*caches)
-
-
-def generated(model: Any, tokens: list[int], cache: list[Any], step: int, **options: Any) -> list[int]:
-    """Six tokens by stock mlx-lm, the prompt in its chunks."""
-    steps = generate_step(mx.array(tokens), model, prompt_cache=cache, prefill_step_size=step, max_tokens=6, **options)
-    return [token for token, _ in steps]
-
-
-@pytest.mark.parametrize("step", [20, 64, 100, 256])
-@pytest.mark.parametrize("seed", range(3))
-def test_stock_s_chunks_leave_what_the_host_s_way_does_and_read_once(monkeypatch, device, step, seed):
-    model, tokens = flux_model(seed=seed), prompt(TOKENS, seed)
-    caches = [model.make_cache(), model.make_cache()]
-    with host_s_way(monkeypatch):
-        expected = generated(model, tokens, caches[0], step)
-    assert (device["read"] >= LAYERS, device["late"]) == (True, 0)
-    device.clear()
-    assert generated(model, tokens, caches[1], step) == expected
-    assert (device["read"], device["routes"]) == (1, LAYERS)
-    chunks = -(-(TOKENS - 1) // step)
-    last_is_short = 0 < (TOKENS - 1) % step < model.flux.router.min_prefill_tokens
-    assert device["late"] == LAYERS * (chunks - (step <= 24) - last_is_short)
-    check_alike(*reversed(caches))
-
-
-def test_what_stock_evaluates_of_a_chunk_takes_one_array_of_the_host_s(device):
-    """And a concatenation and a view for every layer, no more."""
-    router_state._behind_routes.cache_clear()
-    model = flux_model()
-    cache = model.make_cache()
-    for start in range(0, 193, 64):
-        model(mx.array([prompt(TOKENS)[start : start + 64]]), cache=cache)
-        mx.eval([entry.decision.codes for entry in cache])
-        states, graph = [entry.state for entry in cache], io.StringIO()
-        mx.export_to_dot(graph, *(entry.caches[1][0] for entry in cache))
-        assert graph.getvalue().count("rectangle") == 2 * LAYERS
-        mx.eval(states)
-    assert router_state._behind_routes.cache_info().misses == 4  # chunks
-
-
-@pytest.mark.parametrize("turns", [(150, 107), (100, 20, 137), (40, 30, 60, 5)])
-def test_later_turns_in_stock_s_chunks_keep_their_rules(monkeypatch, device, turns):
-    for seed in range(3):
-        model = flux_model(seed=seed)
-        caches = [model.make_cache(), model.make_cache()]
-        for turn, tokens in enumerate(turns):
-            with host_s_way(monkeypatch):
-                expected = generated(model, prompt(tokens, turn + seed), caches[0], 32)
-            assert generated(model, prompt(tokens, turn + seed), caches[1], 32) == expected
-            check_alike(*reversed(caches))
-
-
-def test_a_prompt_that_the_window_holds_reads_no_route(device):
-    model = flux_model()
-    generated(model, prompt(18), model.make_cache(), 64)
-    assert device["read"] == device["late"] == 0
-
-
-@pytest.mark.parametrize("how", ["evict", "kv_bits", "batch"])
-def test_what_stock_s_chunks_leave_to_the_host(device, how):
-    model, tokens = flux_model(), prompt(TOKENS)
-    flux_mlx.set_kv_policy(model, "evict" if how == "evict" else "keep")
-    cache = model.make_cache()
-    if how == "batch":
-        model(mx.array([tokens[:100], tokens[100:200]]), cache=cache)
-    else:
-        options = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0} if how == "kv_bits" else {}
-        generated(model, tokens, cache, 24, **options)
-    assert device["late"] == 0
-    assert device["read"] > 0
 
 
 @pytest.mark.parametrize("turns", [(150, 107), (100, 20, 137), (40, 30, 60, 5)])
