@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cuda_reference import baselines, search
+from cuda_reference import baselines, scoring, search
 from cuda_reference.cells import default_cells, shard_of
 from cuda_reference.checkpoints import save_routers
 from cuda_reference.contenders import policy_of, router_contenders, static_contender
@@ -216,6 +216,22 @@ def test_scores_do_not_depend_on_the_rows(model):
     wide, narrow = (score(model, samples, "auto", row_tokens) for row_tokens in (1024, 384))
     assert [s.chosen for s in wide] == [s.chosen for s in narrow]
     assert [s.nll for s in wide] == pytest.approx([s.nll for s in narrow], rel=1e-4)
+
+
+def test_positions_are_scored_in_pieces_as_in_one(model, monkeypatch):
+    samples, pieces = made([150, 260, 90, 200], candidates=4), []
+    whole = score(model, samples, "auto", 1024)
+
+    def noted(logits, *args, **options):
+        pieces.append(len(logits))
+        return cross_entropy(logits, *args, **options)
+
+    cross_entropy = scoring.functional.cross_entropy
+    monkeypatch.setattr(scoring.functional, "cross_entropy", noted)
+    monkeypatch.setattr(scoring, "ROWS_PER_STEP", 7)
+    assert score(model, samples, "auto", 1024) == whole
+    assert set(pieces[:-1]) == {7}
+    assert 0 < pieces[-1] < 7
 
 
 def test_policies_route(model):
