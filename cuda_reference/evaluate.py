@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from cuda_reference.cells import (
     KEY_FORMS,
@@ -32,6 +31,7 @@ from cuda_reference.cells import (
     with_form,
 )
 from cuda_reference.checkpoints import flux_config
+from cuda_reference.console import ends_in_one_line
 from cuda_reference.contenders import Contender, router_contenders, static_contender
 from cuda_reference.data import make_corpora
 from cuda_reference.data_prompts import Sample, Writer
@@ -40,6 +40,7 @@ from cuda_reference.engines import ENGINES, Engine
 from cuda_reference.recipe import load_recipe
 from cuda_reference.scoring import Score
 from cuda_reference.summaries import equal_routes, route_statistics, summary
+from cuda_reference.train import load_tokenizer
 
 FORM_SAMPLES, FORM_START, FORM_FLOOR = 100, 1_000_000, 0.66
 """The number of keys is chosen on this many samples of its own, by the accuracy that the backbone must have there: the
@@ -234,13 +235,14 @@ def evaluate(args: argparse.Namespace, evaluation: Evaluation, contenders: Seque
     partial.unlink(missing_ok=True)
 
 
+@ends_in_one_line(build_parser)
 def main(argv: Sequence[str] | None = None) -> None:
     """Console entry."""
     args = build_parser().parse_args(argv)
     recipe = load_recipe(args.recipe, args.set)
     engine = ENGINES[args.backend](args.model, recipe, args.device, args.row_tokens, args.compile)
     contenders = contenders_of(args, engine.layers)
-    writer = Writer(AutoTokenizer.from_pretrained(args.model))
+    writer = Writer(load_tokenizer(args.model))
     corpora = make_corpora(writer, recipe.data.text_chars, args.workers, args.text_cache)
     makers = {split: TaskMaker(writer, corpora, split, recipe.seed) for split in SPLITS}
     others = args.samples if args.other_samples is None else args.other_samples

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from cuda_reference import baselines
+from cuda_reference.console import ends_in_one_line
 from cuda_reference.data import make_corpora
 from cuda_reference.data_packing import Pack, pack
 from cuda_reference.data_prompts import Sample, Writer
@@ -28,7 +28,7 @@ from cuda_reference.objective import sample_divergence, sample_nll
 from cuda_reference.packed_model import PackedModel
 from cuda_reference.recipe import Recipe, load_recipe
 from cuda_reference.scoring import rows_of
-from cuda_reference.train import load_model
+from cuda_reference.train import load_model, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@ends_in_one_line(build_parser)
 def main(argv: Sequence[str] | None = None) -> None:
     """Console entry."""
     args, start = build_parser().parse_args(argv), time.monotonic()
     recipe = load_recipe(args.recipe, args.set)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = load_model(args.model, recipe, device, compiled=args.compile)
-    writer = Writer(AutoTokenizer.from_pretrained(args.model))
+    writer = Writer(load_tokenizer(args.model))
     corpora = make_corpora(writer, recipe.data.text_chars, args.workers, args.text_cache)
     samples = draw_samples(
         recipe, TaskMaker(writer, corpora, "train", recipe.seed), args.tasks, args.samples, args.shortest

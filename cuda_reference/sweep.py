@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 
+from cuda_reference.console import ends_in_one_line
 from cuda_reference.evaluate import write_json
 
 STATE_NAME, DONE = "sweep.json", "done"
@@ -75,7 +76,7 @@ def load_jobs(path: Path) -> list[Job]:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
         jobs = [part for job in raw["job"] for part in _shards(**job)]
-    except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:  # also of bytes that are no text, and of text that is no TOML
         raise ValueError(f"[sweep] {path} is no job list: {error}") from None
     written: set[str] = set()
     for job in jobs:
@@ -241,8 +242,11 @@ class Sweep:
 
 
 def _earlier_state(path: Path) -> dict[str, dict[str, Any]]:
-    """How the jobs of an earlier sweep ended."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """How the jobs of an earlier sweep ended. Raises ValueError if the file is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"[sweep] expected the state of an earlier sweep, got {path}: {error}") from None
 
 
 def _kill(process: subprocess.Popen) -> None:
@@ -265,9 +269,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@ends_in_one_line(build_parser)
 def main(argv: Sequence[str] | None = None) -> None:
     """Console entry."""
     args = build_parser().parse_args(argv)
+    jobs = load_jobs(args.jobs)
     args.out.mkdir(parents=True, exist_ok=True)
     paths = {"model": str(args.model.resolve()), "text": str(args.text_cache.resolve())}
     gpus = torch.cuda.device_count() if args.gpus is None else args.gpus
@@ -277,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def report(line: str) -> None:
         print(f"[{time.monotonic() - start:6.1f}] {line}", flush=True)
 
-    sweep = Sweep(load_jobs(args.jobs), args.out, gpus, paths | {"workers": str(args.workers)}, report)
+    sweep = Sweep(jobs, args.out, gpus, paths | {"workers": str(args.workers)}, report)
     sweep.run(args.seconds)
 
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import distributed as dist
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from cuda_reference.calibration import calibrate_model, check_start
 from cuda_reference.checkpoints import flux_config, load_checkpoint, model_fingerprint, save_checkpoint, save_routers
+from cuda_reference.console import ends_in_one_line
 from cuda_reference.data import Rows, calibration_rows, stream, training_rows
 from cuda_reference.packed_model import PackedModel
 from cuda_reference.recipe import Recipe, load_recipe
@@ -54,10 +55,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. Raises as `load_model`."""
+    return _pretrained(AutoTokenizer, path)
+
+
 def load_model(path: str, recipe: Recipe, device: torch.device, *, compiled: bool = False) -> PackedModel:
-    """A backbone with fresh routers: bfloat16 on CUDA, float32 on a CPU; routers float32."""
+    """A backbone with fresh routers: bfloat16 on CUDA, float32 on a CPU; routers float32.
+
+    Raises:
+        ValueError: There is no transformers causal LM at `path`, or a damaged one; the message names it in one line.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    backbone = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+    backbone = _pretrained(AutoModelForCausalLM, path, dtype=dtype).to(device)
     torch.manual_seed(recipe.seed)
     model = PackedModel(backbone, flux_config(recipe), recipe.by_head)
     if recipe.gradient_checkpointing:
@@ -66,6 +76,18 @@ def load_model(path: str, recipe: Recipe, device: torch.device, *, compiled: boo
     if compiled:
         compile_parts(model)
     return model
+
+
+def _pretrained(kind: type, path: str, **options: Any) -> Any:
+    """What an Auto class of transformers makes of `path`. Raises as `load_model`."""
+    try:
+        return kind.from_pretrained(path, **options)
+    except Exception as error:  # of what is missing or damaged transformers, tokenizers and safetensors raise anything
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"[load_model] expected the directory or hub id of a transformers causal LM and its tokenizer, got {path}: "
+            f"{reason}"
+        ) from error
 
 
 def compile_parts(model: PackedModel) -> None:
@@ -129,7 +151,7 @@ def train(args: argparse.Namespace, recipe: Recipe, world: World) -> Trainer:
     start = time.monotonic()
     micro, steps = recipe.data.micro_steps, recipe.optimiser.steps
     last = steps * micro  # rows of this process
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model)
     rows = training_rows(recipe, tokenizer, world.rank, world.ranks, args.workers, args.text_cache)
     model = load_model(args.model, recipe, world.device, compiled=args.compile)
     check_start(model, recipe)
@@ -219,6 +241,7 @@ def _save_routers(out: Path, trainer: Trainer, dtype: torch.dtype) -> None:
         dist.barrier()
 
 
+@ends_in_one_line(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
     """Console entry; returns the exit status: 0, or `STOPPED` where steps are left."""
     args = build_parser().parse_args(argv)
