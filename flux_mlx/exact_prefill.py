@@ -30,6 +30,7 @@ from flux_mlx.cache import CacheList, tokens_held
 from flux_mlx.families import inner_model
 from flux_mlx.late_decisions import LateDecisions
 from flux_mlx.models import routed_layers
+from flux_mlx.on_the_way import OnTheWay, new_state
 from flux_mlx.one_layer import OneLayer, attention_input, embed
 from flux_mlx.routed_attention import RoutedAttention, prompt_ends
 from flux_mlx.spec import FluxConfig, Route
@@ -38,8 +39,6 @@ DEFAULT_STEP_TOKENS = 2048
 CHUNKS_AHEAD = (
     2  # chunks of a layer that wait for the device while it computes: one would do, if none took long to build
 )
-
-LAYERS_AT_ONCE = 4  # of a prompt of one chunk, handed to the device together: about a graph of MLX's CUDA backend
 
 
 def _route_layer(layer: nn.Module, entry: CacheList, chunks: list[mx.array]) -> None:
@@ -183,7 +182,7 @@ def _one_call(model: nn.Module, attns: dict[int, RoutedAttention], cache: list[A
         hearing = []
     for entry, _ in hearing:
         entry.is_listening = True
-    entries = _OnTheWay(cache)
+    entries = OnTheWay(cache)
     inner_model(model)(tokens, entries)
     entries.hand_over(len(entries))
     if not hearing:  # the last layer's decision, which no keys depend on: another thread could not compute it
@@ -192,29 +191,6 @@ def _one_call(model: nn.Module, attns: dict[int, RoutedAttention], cache: list[A
         x, entry.is_listening, entry.heard = entry.heard, False, None
         attn.settle(x, entry, offset)
     yield from range(len(cache))
-
-
-class _OnTheWay(list):
-    """A cache for one call of a model, which hands the device every few layers as soon as they are built.
-
-    Handed over as a whole the call would leave the device idle while Python builds it: the better part of a short
-    prompt's time. The operations and their order are the same.
-    """
-
-    def __init__(self, cache: list[Any]):
-        super().__init__(cache)
-        self._held, self._handed_over = tokens_held(cache), 0
-
-    def __iter__(self) -> Iterator[Any]:
-        for index, entry in enumerate(super().__iter__()):
-            if index - self._handed_over >= LAYERS_AT_ONCE and tokens_held([self[index - 1]]) > self._held:
-                self.hand_over(index)
-            yield entry
-
-    def hand_over(self, stop: int) -> None:
-        """Start the work of the layers before `stop`: all of it ends in what their cache entries then hold."""
-        mx.async_eval([_keys(entry) for entry in self[self._handed_over : stop]])
-        self._handed_over = stop
 
 
 def _is_dense_and_plain(layers: list[tuple[CacheList, RoutedAttention]], tokens: int) -> bool:
@@ -228,11 +204,6 @@ def _is_dense_and_plain(layers: list[tuple[CacheList, RoutedAttention]], tokens:
             return False
         asked = alike
     return True
-
-
-def _keys(entry: Any) -> list[Any]:
-    """What a chunk adds to a cache entry, but for what can wait: the pools, of which only the inputs are kept."""
-    return [entry.kv.state, entry.inputs] if isinstance(entry, CacheList) else entry.state
 
 
 def _layer_by_layer(model: nn.Module, cache: list[Any], chunks: list[mx.array], late: LateDecisions) -> Iterator[int]:
@@ -259,7 +230,7 @@ class _Ahead:
 
         Only `out` is waited for: a reference to keys would have the next chunk copy them.
         """
-        mx.async_eval(_keys(entry), out)
+        mx.async_eval(new_state(entry), out)
         if out is not None:
             self._under_way.append(out)
         if len(self._under_way) > CHUNKS_AHEAD:
@@ -298,11 +269,11 @@ def _prefill_layer(
             out = run(chunk, hidden[i])
             hidden[i] = None if is_last else out  # of the last layer only keys and values are needed
             if i == 0 and needs_route and not follows:  # keys of the first chunk: independent of the router's work
-                entry.start_decision(_keys(entry))
+                entry.start_decision(new_state(entry))
             if i == 0 and is_last:
                 if follows:
                     late.add(entry)
-                late.start(_keys(entry))
+                late.start(new_state(entry))
             device.hand_over(entry, hidden[i])
             left -= chunk.shape[1]
         if needs_route and not is_last:

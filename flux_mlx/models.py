@@ -21,6 +21,7 @@ from flux_mlx.callers import refuse_gguf_export, refuse_long_drafts
 from flux_mlx.environment import forced_route, switched_on
 from flux_mlx.families import ATTENTION_MODULES, head_dim, is_routable
 from flux_mlx.late_decisions import read_late
+from flux_mlx.on_the_way import OnTheWay
 from flux_mlx.routed_attention import RoutedAttention
 from flux_mlx.routed_block import RoutedBlock
 from flux_mlx.router import Affine, LayerRouter
@@ -90,16 +91,20 @@ def _checked_call(stock: type) -> Any:
             return stock.__call__(self, *args, **kwargs)
         if len(cache) != len(self.layers):
             raise ValueError(f"[FluxModel] the cache has {len(cache)} entries, the model {len(self.layers)} layers.")
+        inputs = args[0] if args else kwargs.get("inputs")
         if args:  # mlx-lm passes tokens by position
-            refuse_long_drafts(self, args[0])
+            refuse_long_drafts(self, inputs)
         is_late = False
         for entry in cache:
             CacheList.adopt(entry)
             is_late = is_late or (type(entry) is CacheList and entry.decision is not None)
         trim_noted(cache)
-        if is_late and _needs_routes(self.flux, args[0] if args else kwargs.get("inputs"), cache):
+        tokens = 0 if inputs is None else inputs.shape[-1]
+        if is_late and _needs_routes(self.flux, tokens, cache):
             read_late(cache)
         before = taken_routes(cache) if self.flux_show else None
+        if tokens >= self.flux.router.min_prefill_tokens:
+            args, kwargs = _with_cache(OnTheWay(cache), args, kwargs)
         out = stock.__call__(self, *args, **kwargs)
         if self.flux_show and (after := taken_routes(cache)) != before:
             _show(cache, max(len(route) if isinstance(route, list) else 1 for route in after))
@@ -108,9 +113,17 @@ def _checked_call(stock: type) -> Any:
     return call
 
 
-def _needs_routes(config: FluxConfig, inputs: mx.array | None, cache: list[Any]) -> bool:
+def _with_cache(
+    cache: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a model's call with another cache."""
+    if "cache" in kwargs:
+        return args, kwargs | {"cache": cache}
+    return (args[0], cache, *args[2:]), kwargs
+
+
+def _needs_routes(config: FluxConfig, tokens: int, cache: list[Any]) -> bool:
     """Whether a call has so few tokens that the host must know the routes, and they matter."""
-    tokens = 0 if inputs is None else inputs.shape[-1]
     held = next(entry for entry in cache if isinstance(entry, CacheList)).size()
     return 0 < tokens < config.router.min_prefill_tokens and not config.pattern.is_dense(held + tokens)
 

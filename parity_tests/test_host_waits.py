@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
 import flux_mlx
-from flux_mlx import exact_prefill, router_state
+from flux_mlx import exact_prefill, on_the_way, router_state
 from flux_mlx.router_state import Decision
 from flux_mlx.spec import Route
 from parity_tests.tiny_models import PATTERN, flux_model, prompt, stock_model
@@ -240,26 +240,73 @@ def test_bookkeeping_of_a_short_prompt_is_a_few_calls():
     assert python_calls(lambda: flux_mlx.prefill(model, tokens, caches[1])) <= 38
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "granitemoehybrid"])
-@pytest.mark.parametrize("tokens", [17, 100])
-def test_the_device_gets_the_first_layers_of_a_short_prompt_before_the_last_are_built(family, tokens, monkeypatch):
-    caches, logits = [], []
-    handed_over, hand_over = [], exact_prefill._OnTheWay.hand_over
+def exactly(model, tokens, cache):
+    return flux_mlx.prefill(model, mx.array(tokens), cache)[None]
+
+
+def in_stock_chunks(model, tokens, cache):
+    for start in (0, 40):
+        if tokens[start:-1][:40]:
+            model(mx.array([tokens[start:-1][:40]]), cache=cache)
+            mx.eval([entry.state for entry in cache])
+    return mx.array([tokens[-1:]])
+
+
+def in_a_batch(model, tokens, cache):
+    model(mx.array([tokens[:-1], tokens[:0:-1]]), cache=cache)
+    return mx.array([tokens[-1:], tokens[:1]])
+
+
+def states_and_logits(model, prefill, tokens):
+    cache = model.make_cache()
+    last = prefill(model, prompt(tokens), cache)
+    states = [np.array(x) for _, x in tree_flatten([entry.state for entry in cache]) if isinstance(x, mx.array)]
+    return [*states, np.array(model(last, cache=cache))]
+
+
+@pytest.mark.parametrize(
+    ("prefill", "family", "route", "tokens"),
+    [
+        *((exactly, family, "full", n) for family in ("qwen3", "gemma3_text", "granitemoehybrid") for n in (17, 100)),
+        *((in_stock_chunks, family, route, 81) for family in ("qwen3", "gemma3_text") for route in ("auto", "sparse")),
+        *((in_a_batch, "qwen3", route, 60) for route in ("auto", "full")),
+    ],
+)
+def test_the_device_gets_the_first_layers_of_a_prompts_call_before_the_last_are_built(
+    prefill, family, route, tokens, monkeypatch
+):
+    handed_over, hand_over, found = [], on_the_way.OnTheWay.hand_over, []
     monkeypatch.setattr(
-        exact_prefill._OnTheWay, "hand_over", lambda self, stop: handed_over.append(stop) or hand_over(self, stop)
+        on_the_way.OnTheWay, "hand_over", lambda self, stop: handed_over.append(stop) or hand_over(self, stop)
     )
     for layers_at_once in (1, 100):
-        model = flux_model(family, route="full")
-        monkeypatch.setattr(exact_prefill, "LAYERS_AT_ONCE", layers_at_once)
-        cache = model.make_cache()
-        last = flux_mlx.prefill(model, mx.array(prompt(tokens)), cache)
-        caches.append(
-            [np.array(x) for _, x in tree_flatten([entry.state for entry in cache]) if isinstance(x, mx.array)]
-        )
-        logits.append(np.array(model(last[None], cache=cache)))
-    layers = len(model.layers)
-    assert handed_over[-2:] == [layers, layers]  # in pieces, then as a whole
-    assert len(handed_over) >= 3
-    np.testing.assert_array_equal(*logits)
-    for one, other in zip(*caches, strict=True):
+        handed_over.clear()
+        monkeypatch.setattr(on_the_way, "FIRST_LAYERS", layers_at_once)
+        monkeypatch.setattr(on_the_way, "LAYERS_AT_ONCE", layers_at_once)
+        model = flux_model(family, route=route)
+        found.append(states_and_logits(model, prefill, tokens))
+        early = [stop for stop in handed_over if stop < len(model.layers)]
+        assert bool(early) == (layers_at_once == 1)
+    for one, other in zip(*found, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_the_first_layer_is_handed_over_alone_and_then_a_few_at_once(monkeypatch):
+    pieces = []
+    monkeypatch.setattr(on_the_way.mx, "async_eval", lambda states: pieces.append(len(states)))
+    for entry in on_the_way.OnTheWay([Held(0) for _ in range(7)]):
+        entry.offset = 3
+    assert pieces == [1, 4]
+
+
+def test_a_walk_over_the_cache_that_builds_no_layer_hands_nothing_over(monkeypatch):
+    monkeypatch.setattr(on_the_way.OnTheWay, "hand_over", lambda self, stop: pytest.fail("nothing was built"))
+    assert len(list(on_the_way.OnTheWay([Held(3) for _ in range(9)]))) == 9
+
+
+class Held:
+    """A cache entry of `offset` tokens."""
+
+    def __init__(self, offset: int):
+        self.offset = offset
+        self.state = ()
