@@ -182,7 +182,7 @@ def _one_call(model: nn.Module, attns: dict[int, RoutedAttention], cache: list[A
         hearing = []
     for entry, _ in hearing:
         entry.is_listening = True
-    entries = OnTheWay(cache)
+    entries = OnTheWay(cache, tokens.shape[1])
     inner_model(model)(tokens, entries)
     entries.hand_over(len(entries))
     if not hearing:  # the last layer's decision, which no keys depend on: another thread could not compute it

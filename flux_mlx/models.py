@@ -104,7 +104,7 @@ def _checked_call(stock: type) -> Any:
             read_late(cache)
         before = taken_routes(cache) if self.flux_show else None
         if tokens >= self.flux.router.min_prefill_tokens:
-            args, kwargs = _with_cache(OnTheWay(cache), args, kwargs)
+            args, kwargs = _with_cache(OnTheWay(cache, tokens), args, kwargs)
         out = stock.__call__(self, *args, **kwargs)
         if self.flux_show and (after := taken_routes(cache)) != before:
             _show(cache, max(len(route) if isinstance(route, list) else 1 for route in after))

@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from flux_mlx.cache import CacheList
 
+EARLY_TOKENS = 768  # of a call that is worth it; a shorter one's work is done sooner than Python's
 FIRST_LAYERS = 1  # handed over as soon as they are built: the device waits for nothing else
 LAYERS_AT_ONCE = 4  # from then on: about a graph of MLX's CUDA backend
 
@@ -20,16 +21,25 @@ LAYERS_AT_ONCE = 4  # from then on: about a graph of MLX's CUDA backend
 class OnTheWay(list):
     """A cache for one call of a model, which hands the device every few layers as soon as they are built.
 
-    The operations and their order are the same.
+    The operations and their order are the same. A call of fewer than `EARLY_TOKENS` is left to be handed over whole.
+
+    Args:
+        cache: One entry a layer.
+        tokens: Of the call.
     """
 
-    def __init__(self, cache: list[Any]):
+    def __init__(self, cache: list[Any], tokens: int):
         super().__init__(cache)
+        self._is_long = tokens >= EARLY_TOKENS
         counting = next((entry for entry in cache if isinstance(entry, CacheList)), cache[0])
         self._held, self._handed_over = _held(counting), 0
 
     def __iter__(self) -> Iterator[Any]:
-        for index, entry in enumerate(super().__iter__()):
+        entries = super().__iter__()
+        if not self._is_long:
+            yield from entries
+            return
+        for index, entry in enumerate(entries):
             few = LAYERS_AT_ONCE if self._handed_over else FIRST_LAYERS
             if index - self._handed_over >= few and _held(self[index - 1]) > self._held:
                 self.hand_over(index)

@@ -281,6 +281,7 @@ def test_the_device_gets_the_first_layers_of_a_prompts_call_before_the_last_are_
     )
     for layers_at_once in (1, 100):
         handed_over.clear()
+        monkeypatch.setattr(on_the_way, "EARLY_TOKENS", 1)
         monkeypatch.setattr(on_the_way, "FIRST_LAYERS", layers_at_once)
         monkeypatch.setattr(on_the_way, "LAYERS_AT_ONCE", layers_at_once)
         model = flux_model(family, route=route)
@@ -291,17 +292,18 @@ def test_the_device_gets_the_first_layers_of_a_prompts_call_before_the_last_are_
         np.testing.assert_array_equal(one, other)
 
 
-def test_the_first_layer_is_handed_over_alone_and_then_a_few_at_once(monkeypatch):
+@pytest.mark.parametrize(("tokens", "expected"), [(767, []), (768, [1, 4])])
+def test_of_a_long_call_the_first_layer_is_handed_over_alone_and_then_a_few_at_once(tokens, expected, monkeypatch):
     pieces = []
     monkeypatch.setattr(on_the_way.mx, "async_eval", lambda states: pieces.append(len(states)))
-    for entry in on_the_way.OnTheWay([Held(0) for _ in range(7)]):
-        entry.offset = 3
-    assert pieces == [1, 4]
+    for entry in on_the_way.OnTheWay([Held(0) for _ in range(7)], tokens):
+        entry.offset = tokens
+    assert pieces == expected
 
 
 def test_a_walk_over_the_cache_that_builds_no_layer_hands_nothing_over(monkeypatch):
     monkeypatch.setattr(on_the_way.OnTheWay, "hand_over", lambda self, stop: pytest.fail("nothing was built"))
-    assert len(list(on_the_way.OnTheWay([Held(3) for _ in range(9)]))) == 9
+    assert len(list(on_the_way.OnTheWay([Held(3) for _ in range(9)], 1000))) == 9
 
 
 class Held:
