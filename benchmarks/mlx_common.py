@@ -87,12 +87,13 @@ def prompts(args: argparse.Namespace) -> Prompts:
 
 
 def figures(runs: dict[str, list[Run]]) -> dict[str, dict[str, Any]]:
-    """Medians of each kind of run, and all prefill times."""
+    """Medians of each kind of run, and all times of prefill and first token."""
     return {
         name: {
             "prefill_s": statistics.median(run.prefill_s for run in found),
             "all_prefill_s": [run.prefill_s for run in found],
             "first_token_s": statistics.median(run.first_token_s for run in found),
+            "all_first_token_s": [run.first_token_s for run in found],
             "token_s": statistics.median(run.token_s for run in found),
             "peak_bytes": max(run.peak_bytes for run in found),
             "kv_bytes": max(run.kv_bytes for run in found),

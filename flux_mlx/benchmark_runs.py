@@ -117,16 +117,18 @@ def run_stock(model: nn.Module, work: Work) -> Run:
         if done == total - 1:
             meter.prefilled()
 
+    cache = make_prompt_cache(model)
     with wired_limit(model, [generation_stream]):
         for _ in generate_step(
             mx.array(work.prompts[0]),
             model,
             max_tokens=work.generation_tokens,
-            prompt_cache=make_prompt_cache(model),
+            prompt_cache=cache,
             prefill_step_size=work.prefill_step_size,
             prompt_progress_callback=report,
         ):
             meter.token()
+    meter.note_routes(cache)
     return meter.result()
 
 

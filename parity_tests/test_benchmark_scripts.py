@@ -71,6 +71,15 @@ def test_router_cost_is_that_of_neighbouring_runs(tmp_path, monkeypatch):
     assert not kernel_policy.RECORD.switched_off
 
 
+def test_stock_commands_run_stock_beside_both_kinds_of_routes(tmp_path):
+    (row,) = rows_of("mlx_stock_commands", tmp_path, "--lengths", "100", "-n", "3")["rows"]
+    assert {kind: run["sparse_layers"] for kind, run in row["runs"].items()} == {"stock": 0, "forced": 3, "routed": 3}
+    stock, forced, routed = (row["runs"][kind]["all_first_token_s"] for kind in ("stock", "forced", "routed"))
+    assert row["first_token_speedup_forced"] == pytest.approx(np.median(np.divide(stock, forced)))
+    assert row["first_token_speedup_routed"] == pytest.approx(np.median(np.divide(stock, routed)))
+    assert row["prefill_speedup_routed"] > 0
+
+
 def test_evict_holds_less_and_keep_as_much_as_stock(tmp_path):
     (row,) = rows_of("mlx_kv_memory", tmp_path, *WIDE, "--lengths", "2000", "-n", "1")["rows"]
     assert row["evict_over_stock"] < 0.6
