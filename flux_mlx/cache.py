@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, KVCache
 from mlx_lm.models.cache import CacheList as StockCacheList
 
+from flux_mlx.callers import only_evaluates
 from flux_mlx.router_state import NEVER, Counter, RouterState
 from flux_mlx.spec import PatternConfig, Route
 from flux_mlx.window_cache import WindowKVCache
@@ -159,7 +160,9 @@ class CacheList(RouterState, StockCacheList):
 
     @property
     def state(self):
-        """What stock code evaluates and saves."""
+        """What stock code evaluates and saves. To be evaluated alone, calls that were noted may stay so."""
+        if only_evaluates():
+            return self.kv.state, self.pending()
         self._flush()
         return StockCacheList.state.fget(self)
 

@@ -1,9 +1,10 @@
-"""What stock code must not do with a Flux model, and gives it no other way to see: its frames are looked at."""
+"""What stock code does with a Flux model and gives it no other way to see: its frames are looked at."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import sys
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -60,3 +61,11 @@ def refuse_long_drafts(model: Any, tokens: mx.array | None) -> None:
             raise ValueError(
                 f"[FluxModel] expected {limit} draft tokens at most with this route and KV policy, got {drafted}."
             )
+
+
+def only_evaluates() -> bool:
+    """Whether the property that asks is read by mlx-lm's generation, which evaluates what it reads and keeps nothing.
+
+    Its loops over a prompt do so after each chunk. Everything else that reads a cache's state may save it.
+    """
+    return sys._getframe(2).f_globals.get("__name__") == speculative_generate_step.__module__

@@ -160,6 +160,12 @@ class RouterState:
         self.trim_at = NEVER
         return [call.trim() for call in self._log]
 
+    def pending(self) -> list[Any]:
+        """All that is not computed yet of what was pooled, decided and noted; of noted calls what the router reads."""
+        self.inputs = None  # the arrays hold on to them, until these are evaluated
+        codes = None if self.decision is None else self.decision.codes
+        return [self.caches[1].cache, codes, self.trim_log()]
+
     def catch_up(self) -> None:
         """Look at the noted calls."""
         log, self._log, self.trim_at = self._log, (), NEVER
