@@ -2,7 +2,7 @@
 
 Run from the repository root, with the files of all shards:
 
-    python -m benchmarks.training_report benchmarks/training_eval_*.json --ships seed0/4096 \
+    python -m benchmarks.training_report benchmarks/training_eval_*.json --ships seed0 \
         --seeds seed0 seed1 seed2 --out benchmarks
 
 It writes training_table.md, training_omega.png and training_quality.png.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,12 @@ MIX = (*RETRIEVAL, "multi-hops", "aggregation", "icl", *TEXT)
 Results = dict[str, Any]
 
 
-def merge(parts: Iterable[Results], *, shared: bool = False) -> Results:
+def merge(parts: Iterable[Results], *, same: Iterable[str] = ()) -> Results:
     """One result of many: cells and contenders of shards and of later runs together.
 
-    Where a contender was scored on a cell more than once, the run with most samples stands; with `shared` the one with
-    as many samples as most contenders have there, so that their means are over the same ones.
+    Where a contender was scored on a cell more than once, the run with most samples stands. With `same`, names of
+    contenders that are to be compared, only cells stay on which all of them were scored on as many samples, the most
+    that they share, and in them only who was scored on as many: their means are over the same samples.
 
     Raises:
         ValueError: Two parts hold the same contender of the same cell, on as many samples, with different numbers.
@@ -46,14 +46,15 @@ def merge(parts: Iterable[Results], *, shared: bool = False) -> Results:
                 first, _ = runs.setdefault(found["samples"], (found, part.get("routes", {}).get(cell, {}).get(name)))
                 if found != first and name != "full":
                     raise ValueError(f"[merge] {cell} holds {name} twice, with different numbers.")
+    compared = list(same)
     for cell, by in met.items():
-        (common, _), *_ = Counter(size for runs in by.values() for size in runs).most_common(1)
-        whole["cells"][cell], whole["routes"][cell] = {}, {}
-        for name, runs in by.items():
-            found, routes = runs[common] if shared and common in runs else runs[max(runs)]
-            whole["cells"][cell][name] = found
-            if routes is not None:
-                whole["routes"][cell][name] = routes
+        if compared:
+            sizes = set[int].intersection(*(set(by.get(name, {})) for name in compared))
+            by = {name: {max(sizes): runs[max(sizes)]} for name, runs in by.items() if sizes and max(sizes) in runs}
+        if by:
+            taken = {name: runs[max(runs)] for name, runs in by.items()}
+            whole["cells"][cell] = {name: found for name, (found, _) in taken.items()}
+            whole["routes"][cell] = {name: routes for name, (_, routes) in taken.items() if routes is not None}
     return whole
 
 
@@ -78,6 +79,13 @@ def lost(results: Results, contender: str) -> float:
     return mean([a - a / b for a, b in zip(nll, ratio, strict=True)])
 
 
+def lost_noise(results: Results, contender: str) -> float:
+    """Half the width of the 95 % interval of `lost`, from those of the cells, which are drawn apart."""
+    values = (pick(results, contender, MIX, value) for value in ("nll", "nll_ratio", "nll_ratio_low", "nll_ratio_high"))
+    halves = [nll / ratio * (high - low) / 2 for nll, ratio, low, high in zip(*values, strict=True)]
+    return float(np.linalg.norm(halves)) / len(halves) if halves else float("nan")
+
+
 COLUMNS: dict[str, Callable[[Results, str], float]] = {
     "Omega, retrieval": lambda r, c: mean(pick(r, c, RETRIEVAL, "omega")),
     "NLL ratio, retrieval": lambda r, c: mean(pick(r, c, RETRIEVAL, "nll_ratio")),
@@ -87,6 +95,7 @@ COLUMNS: dict[str, Callable[[Results, str], float]] = {
     "NLL ratio, code and documents": lambda r, c: mean(pick(r, c, TEXT, "nll_ratio")),
     "Omega, all kinds": lambda r, c: mean(pick(r, c, MIX, "omega")),
     "nats lost, all kinds": lost,
+    "its 95 %, plus or minus": lost_noise,
     "visible pairs": lambda r, c: mean(pick(r, c, MIX, "pairs")),
 }
 
@@ -209,17 +218,18 @@ def seeds_agree(results: Results, seeds: Sequence[str]) -> str:
     return table(["over the seeds", "found"], rows)
 
 
-def chunked(results: Results, contender: str) -> str:
-    """Exact against chunked routing: equal routes, and what each loses to all full, on the samples that it had."""
+def chunked(parts: Sequence[Results], contender: str) -> str:
+    """Exact against chunked routing: equal routes, and what each loses to all full, on the same samples."""
     rows = []
-    for cell, by in sorted(results["cells"].items(), key=_cell_order):
-        for name, s in by.items():
-            if name.startswith(f"{contender}@") and contender in by:
-                both = by[contender], s
-                values = [float(part.get(value, np.nan)) for value in ("nll_ratio", "accuracy_diff") for part in both]
-                rows.append([cell, int(name.partition("@")[2]), s.get("routes_as_exact", np.nan), *values])
-    header = ["cell", "chunk", "equal routes", "NLL ratio exact", "chunked", "choice, difference exact", "chunked"]
-    return table(header, rows)
+    names = [name for name in contenders(merge(parts)) if name.startswith(f"{contender}@")]
+    for name in sorted(names, key=lambda name: int(name.partition("@")[2])):
+        for cell, by in sorted(merge(parts, same=(contender, name))["cells"].items(), key=_cell_order):
+            both = by[contender], by[name]
+            values = [float(part.get(value, np.nan)) for value in ("nll_ratio", "accuracy_diff") for part in both]
+            equal = by[name].get("routes_as_exact", np.nan)
+            rows.append([cell, int(name.partition("@")[2]), by[name]["samples"], equal, *values])
+    header = ["cell", "chunk", "samples", "equal routes", "NLL ratio exact", "chunked"]
+    return table([*header, "choice, difference exact", "chunked"], rows)
 
 
 def by_depth(results: Results, contender: str) -> str:
@@ -241,20 +251,22 @@ def generation(results: Results) -> str:
     return table(["cell", "contender", "samples", "exact", "as teacher forcing says"], rows)
 
 
-def report(results: Results, shared: Results, ships: str, seeds: Sequence[str]) -> str:
-    """The whole text; `shared` holds every contender on the same samples."""
-    parts = {
+def report(parts: Sequence[Results], ships: str, seeds: Sequence[str]) -> str:
+    """The whole text."""
+    results = merge(parts)
+    shared = merge(parts, same=contenders(results))
+    texts = {
         "All contenders, on the same samples": comparison(shared),
         f"What {ships} must hold": targets(results, ships),
         f"{ships}, cell by cell": by_cell(results, ships),
         **({f"{seed}, cell by cell": by_cell(results, seed) for seed in seeds if seed != ships}),
-        "Exact and chunked routing": chunked(results, seeds[0]),
-        "Routes and tasks": entropies(results),
-        "Seeds": seeds_agree(results, seeds) if len(seeds) > 1 else "One seed.",
+        "Exact and chunked routing": chunked(parts, seeds[0]),
+        "Routes and tasks, on the same samples": entropies(shared),
+        "Seeds, on the same samples": seeds_agree(merge(parts, same=seeds), seeds) if len(seeds) > 1 else "One seed.",
         f"{ships}, by depth": by_depth(results, ships),
         "Generated answers": generation(results),
     }
-    return "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items()) + "\n"
+    return "\n\n".join(f"## {title}\n\n{text}" for title, text in texts.items()) + "\n"
 
 
 def plot_omega(results: Results, contender: str, path: Path) -> None:
@@ -306,11 +318,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the table and the plots")
     args = parser.parse_args(argv)
     parts = [json.loads(path.read_text(encoding="utf-8")) for path in args.results]
-    results, shared = merge(parts), merge(parts, shared=True)
-    text = report(results, shared, args.ships, args.seeds)
-    (args.out / "training_table.md").write_text(text, encoding="utf-8")
+    results = merge(parts)
+    (args.out / "training_table.md").write_text(report(parts, args.ships, args.seeds), encoding="utf-8")
     plot_omega(results, args.ships, args.out / "training_omega.png")
-    plot_quality(shared, args.out / "training_quality.png")
+    plot_quality(merge(parts, same=contenders(results)), args.out / "training_quality.png")
 
 
 if __name__ == "__main__":

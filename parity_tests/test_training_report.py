@@ -8,7 +8,7 @@ import json
 import pytest
 
 from benchmarks import training_agreement, training_memory, training_report
-from benchmarks.training_report import comparison, information, lost, merge, report, targets
+from benchmarks.training_report import chunked, comparison, information, lost, lost_noise, merge, report, targets
 
 KINDS = ("single-magic", "single", "multi-keys", "code", "document")
 
@@ -51,6 +51,7 @@ def test_targets_hold_or_not():
 
 def test_what_is_lost_is_in_nats():
     assert lost(made(), "seed0") == pytest.approx(0.02)
+    assert lost_noise(made(), "seed0") == pytest.approx(2.0 * 0.01 / 10**0.5)  # ten cells of 2 nats, 1 % either way
     line = next(line for line in comparison(made()).splitlines() if "seed0 " in line)
     assert line.split(" | ")[1:4] == ["0.750", "1.010", "-1.000"]
 
@@ -80,12 +81,26 @@ def test_shards_and_later_runs_are_put_together():
     seed0["samples"] += 1
     assert merge([whole, first])["cells"]["test/single/2048"]["seed0"]["nll"] == 9.0
     assert merge([first, whole])["cells"]["test/single/2048"]["seed0"]["nll"] == 9.0
-    assert merge([first, whole], shared=True)["cells"]["test/single/2048"]["seed0"]["nll"] != 9.0
-    fewer = copy.deepcopy(first)
-    fewer["cells"]["test/single/2048"]["seed0"]["samples"] = 1
-    for parts in ([fewer, whole], [whole, fewer]):
-        shared = merge(parts, shared=True)["cells"]["test/single/2048"]
-        assert {name: s["samples"] for name, s in shared.items()} == dict.fromkeys(shared, 10)
+
+
+def test_contenders_are_compared_on_the_same_samples():
+    few, many, alone = made(), made(("seed0",)), made(("seed0",), (512,))
+    for by in many["cells"].values():
+        by.pop("seed0@512")
+        by["full"]["samples"] = by["seed0"]["samples"] = 1000
+        by["seed0"]["nll_ratio"] = 1.5
+    compared = ("full", "seed0", "seed1")
+    for parts in ([few, many, alone], [alone, many, few]):
+        same = merge(parts, same=compared)
+        assert set(same["cells"]) == set(few["cells"])  # 512 tokens: seed0 alone
+        assert all({s["samples"] for s in by.values()} == {10} for by in same["cells"].values())
+        assert {s["nll_ratio"] for by in same["cells"].values() for name, s in by.items() if name == "seed0"} == {1.01}
+        assert set(same["routes"]["test/code/2048"]) == {"seed0", "seed1"}
+        both = merge(parts, same=("full", "seed0"))["cells"]["test/single/2048"]
+        assert {name: s["samples"] for name, s in both.items()} == {"full": 1000, "seed0": 1000}
+        assert merge(parts)["cells"]["test/single/2048"]["seed0"]["nll_ratio"] == 1.5
+        assert "| test/code/2048 | 512 | 10 | 0.800 | 1.010 | 1.030 |" in chunked(parts, "seed0")
+    assert merge([few, many], same=("seed0", "nobody"))["cells"] == {}
 
 
 def test_the_command_writes_table_and_plots(tmp_path):
@@ -95,9 +110,9 @@ def test_the_command_writes_table_and_plots(tmp_path):
         [str(tmp_path / "a.json"), "--ships", "seed0", "--seeds", "seed0", "seed1", "--out", str(tmp_path)]
     )
     text = (tmp_path / "training_table.md").read_text()
-    assert text == report(made(), made(), "seed0", ["seed0", "seed1"])
+    assert text == report([made()], "seed0", ["seed0", "seed1"])
     assert "seed0, seed1: same decisions | 1.000" in text
-    assert "| test/code/2048 | 512 | 0.800 | 1.010 | 1.030 |" in text
+    assert "| test/code/2048 | 512 | 10 | 0.800 | 1.010 | 1.030 |" in text
     for plot in ("training_omega.png", "training_quality.png"):
         assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
 
