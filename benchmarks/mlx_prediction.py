@@ -270,7 +270,7 @@ def stages() -> dict[str, float]:
         "short": sum(compare_s(16, n, 25, 8, 8) for n in (256, 512, 1024, 2048, 4096)),
         "router": 48 * prefill_s(QWEN3_8B, H100, 16, 8192, 25),
         "commands": 4
-        * sum(prefill_s(QWEN3_8B, H100, 16, n, sparse) for n in (512, 1024, 8192, 32768) for sparse in (0, 25, 25)),
+        * sum(prefill_s(QWEN3_8B, H100, 16, n, sparse) for n in (1024, 8192, 32768) for sparse in (0, 25, 25)),
         "exact": 3 * sum(exact),
         "bf16": compare_s(16, 32768, 25, 5, 32) + compare_s(16, 131072, 25, 2, 32),
         "bf16-256k": compare_s(16, 262144, 28, 1, 32),

@@ -3,7 +3,7 @@
     python -m benchmarks.mlx_stock_commands --lengths 1K 8K 32K --num-trials 5 --json FILE
 
 All three run by mlx-lm's own `generate_step`. Routes are those of the spread, by force or by routers that decide so at
-the end of every chunk.
+the end of every chunk; within sink and window ("is_dense") they make no difference to attention.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from benchmarks.mlx_common import flux_model, force_routes, parse, parser, prompts, save, timed
+from benchmarks.mlx_common import flux_model, force_routes, parse, parser, pattern_of, prompts, save, timed
 from flux_mlx.benchmark_compare import median_ratio
 from flux_mlx.benchmark_models import stock_view
 from flux_mlx.benchmark_runs import Run, Work, run_stock
@@ -44,7 +44,7 @@ def row(args: Any, model: nn.Module, tokens: int) -> dict[str, Any]:
         for name, times in TIMES.items()
         for kind in (FORCED, ROUTED)
     }
-    return {"tokens": tokens, **speedups, "runs": found}
+    return {"tokens": tokens, "is_dense": pattern_of(args).is_dense(tokens), **speedups, "runs": found}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

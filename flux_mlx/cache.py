@@ -166,6 +166,13 @@ class CacheList(RouterState, StockCacheList):
         self._flush()
         return StockCacheList.state.fget(self)
 
+    @property
+    def nbytes(self):
+        """As the stock cache counts. Who asks keeps the cache: noted calls would keep model and inputs with it."""
+        if self.noted:
+            self.compute()
+        return StockCacheList.nbytes.fget(self)
+
     @state.setter
     def state(self, value):
         StockCacheList.state.fset(self, value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -19,6 +19,12 @@ def _callers() -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+def _runs(frame: FrameType, function: Callable) -> bool:
+    """Whether a frame is a call of `function`, also where its module runs as `python -m` and is another object."""
+    code, other = frame.f_code, function.__code__
+    return (code.co_filename, code.co_name) == (other.co_filename, other.co_name)
 
 
 def refuse_gguf_export() -> None:
@@ -54,7 +60,7 @@ def refuse_long_drafts(model: Any, tokens: mx.array | None) -> None:
     if limit is None or tokens.shape[-1] <= limit + 1:
         return
     for frame in _callers():
-        if frame.f_code is not speculative_generate_step.__code__ or frame.f_locals["model"] is not model:
+        if not _runs(frame, speculative_generate_step) or frame.f_locals["model"] is not model:
             continue
         drafted = frame.f_locals["num_draft_tokens"]
         if drafted > limit:
@@ -68,4 +74,4 @@ def only_evaluates() -> bool:
 
     Its loops over a prompt do so after each chunk. Everything else that reads a cache's state may save it.
     """
-    return sys._getframe(2).f_globals.get("__name__") == speculative_generate_step.__module__
+    return sys._getframe(2).f_code.co_filename == speculative_generate_step.__code__.co_filename

@@ -30,7 +30,6 @@ from flux_mlx.cache import CacheList, tokens_held
 from flux_mlx.families import inner_model
 from flux_mlx.late_decisions import LateDecisions
 from flux_mlx.models import routed_layers
-from flux_mlx.on_the_way import OnTheWay, new_state
 from flux_mlx.one_layer import OneLayer, attention_input, embed
 from flux_mlx.routed_attention import RoutedAttention, prompt_ends
 from flux_mlx.spec import FluxConfig, Route
@@ -182,9 +181,8 @@ def _one_call(model: nn.Module, attns: dict[int, RoutedAttention], cache: list[A
         hearing = []
     for entry, _ in hearing:
         entry.is_listening = True
-    entries = OnTheWay(cache, tokens.shape[1])
-    inner_model(model)(tokens, entries)
-    entries.hand_over(len(entries))
+    inner_model(model)(tokens, cache)
+    mx.async_eval([_new_state(entry) for entry in cache])
     if not hearing:  # the last layer's decision, which no keys depend on: another thread could not compute it
         mx.async_eval([entry.undecided() for entry in cache if isinstance(entry, CacheList)])
     for entry, attn in hearing:
@@ -204,6 +202,11 @@ def _is_dense_and_plain(layers: list[tuple[CacheList, RoutedAttention]], tokens:
             return False
         asked = alike
     return True
+
+
+def _new_state(entry: Any) -> Any:
+    """What a chunk adds to a cache entry, but for what can wait: the pools, of which only the inputs are kept."""
+    return [entry.kv.state, entry.inputs] if isinstance(entry, CacheList) else entry.state
 
 
 def _layer_by_layer(model: nn.Module, cache: list[Any], chunks: list[mx.array], late: LateDecisions) -> Iterator[int]:
@@ -230,7 +233,7 @@ class _Ahead:
 
         Only `out` is waited for: a reference to keys would have the next chunk copy them.
         """
-        mx.async_eval(new_state(entry), out)
+        mx.async_eval(_new_state(entry), out)
         if out is not None:
             self._under_way.append(out)
         if len(self._under_way) > CHUNKS_AHEAD:
@@ -269,11 +272,11 @@ def _prefill_layer(
             out = run(chunk, hidden[i])
             hidden[i] = None if is_last else out  # of the last layer only keys and values are needed
             if i == 0 and needs_route and not follows:  # keys of the first chunk: independent of the router's work
-                entry.start_decision(new_state(entry))
+                entry.start_decision(_new_state(entry))
             if i == 0 and is_last:
                 if follows:
                     late.add(entry)
-                late.start(new_state(entry))
+                late.start(_new_state(entry))
             device.hand_over(entry, hidden[i])
             left -= chunk.shape[1]
         if needs_route and not is_last:

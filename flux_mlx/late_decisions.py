@@ -52,13 +52,11 @@ class LateDecisions:
 
 
 def read_late(cache: list[Any]) -> None:
-    """Read what the routers of one row decided, if it is on the device still, for all layers at once.
-
-    Calls that were only noted stay so: who needs no route pays for no router.
-    """
+    """Read what the routers of one row decided, for all layers at once; what was only noted is decided first."""
     late = LateDecisions()
     for entry in cache:
         if isinstance(entry, CacheList) and entry.rows_held == 1:
+            entry.catch_up()
             late.add(entry)
     late.start(())
     late.read()

@@ -21,9 +21,8 @@ from flux_mlx.callers import refuse_gguf_export, refuse_long_drafts
 from flux_mlx.environment import forced_route, switched_on
 from flux_mlx.families import ATTENTION_MODULES, head_dim, is_routable
 from flux_mlx.late_decisions import read_late
-from flux_mlx.on_the_way import OnTheWay
 from flux_mlx.routed_attention import RoutedAttention
-from flux_mlx.routed_block import RoutedBlock
+from flux_mlx.routed_block import LAYERS_AT_ONCE, RoutedBlock
 from flux_mlx.router import Affine, LayerRouter
 from flux_mlx.router_training import Samples, TrainableAffine, make_trainable
 from flux_mlx.spec import FluxConfig, Route
@@ -97,29 +96,18 @@ def _checked_call(stock: type) -> Any:
         is_late = False
         for entry in cache:
             CacheList.adopt(entry)
-            is_late = is_late or (type(entry) is CacheList and entry.decision is not None)
+            is_late = is_late or (type(entry) is CacheList and (entry.decision is not None or bool(entry.noted)))
         trim_noted(cache)
         tokens = 0 if inputs is None else inputs.shape[-1]
         if is_late and _needs_routes(self.flux, tokens, cache):
             read_late(cache)
         before = taken_routes(cache) if self.flux_show else None
-        if tokens >= self.flux.router.min_prefill_tokens:
-            args, kwargs = _with_cache(OnTheWay(cache, tokens), args, kwargs)
         out = stock.__call__(self, *args, **kwargs)
         if self.flux_show and (after := taken_routes(cache)) != before:
             _show(cache, max(len(route) if isinstance(route, list) else 1 for route in after))
         return out
 
     return call
-
-
-def _with_cache(
-    cache: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a model's call with another cache."""
-    if "cache" in kwargs:
-        return args, kwargs | {"cache": cache}
-    return (args[0], cache, *args[2:]), kwargs
 
 
 def _needs_routes(config: FluxConfig, tokens: int, cache: list[Any]) -> bool:
@@ -192,7 +180,7 @@ def _apply(model: nn.Module, config: FluxConfig, fresh: bool) -> nn.Module:
             f"[apply] {type(model).__module__} has no layer that can be routed: expected global attention of one of "
             f"{', '.join(ATTENTION_MODULES)}."
         )
-    for i, attn in chosen.items():
+    for place, (i, attn) in enumerate(chosen.items()):
         attn.__class__ = _mixed(RoutedAttention, type(attn))
         attn.pooled_dim = head_dim(attn)
         attn.router = LayerRouter(attn.pooled_dim, config.router, seed=i if fresh else None)
@@ -200,6 +188,7 @@ def _apply(model: nn.Module, config: FluxConfig, fresh: bool) -> nn.Module:
         block = model.layers[i]
         block.__class__ = _mixed(RoutedBlock, type(block))
         block.token_steps = TokenSteps()
+        block.hands_over = place % LAYERS_AT_ONCE == 0 and i < len(model.layers) - 1
     model.__class__ = _mixed(FluxModel, type(model))
     model.flux = config
     model.flux_show = switched_on("FLUX_MLX_SHOW_ROUTES")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +17,8 @@ from flux_mlx.token_steps import StepSeen, TokenStep, TokenSteps
 from flux_mlx.window_cache import WindowKVCache
 
 _PLAIN_KEYS = (KVCache, WindowKVCache)
+EARLY_TOKENS = 768  # of a call that goes in pieces; an H100 has done a shorter one before Python has built it
+LAYERS_AT_ONCE = 4  # handed over together, behind the first alone: about a graph of MLX's CUDA backend
 
 
 class RoutedBlock:
@@ -23,9 +26,12 @@ class RoutedBlock:
 
     Attributes:
         token_steps: What of the block is compiled for a single token.
+        hands_over: Whether the device gets what is built of a prompt's call so far, once this block is. mlx-lm hands
+            over a whole call, and the device is idle until Python has built its last layer, in each chunk anew.
     """
 
     token_steps: TokenSteps
+    hands_over = False
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         if type(cache) is CacheList:
@@ -34,7 +40,16 @@ class RoutedBlock:
                 return self.decode_token(step, x, cache) if step.is_traced else super().__call__(x, mask, cache)
             cache.token_step = None
         self.token_steps.drop_old()
-        return super().__call__(x, mask, cache)
+        out = super().__call__(x, mask, cache)
+        if self.hands_over and type(cache) is CacheList and x.size >= EARLY_TOKENS * x.shape[-1]:
+            self.hand_over(out, cache)
+        return out
+
+    def hand_over(self, out: Any, cache: CacheList) -> None:
+        """Start the work of a prompt's call up to `out`, what the block puts out, unless exact prefill sees to it."""
+        if cache.pinned is None:
+            with suppress(ValueError):  # traced: the call is one of a gradient, or of a function that is compiled
+                mx.async_eval(out)
 
     def is_plain_token(self, x: mx.array, cache: CacheList) -> bool:
         """Whether the call is one token of one row that changes no route, over keys as they are."""

@@ -114,7 +114,7 @@ class RouterState:
     is_listening = False  # the next call is dense, and only its input is kept: in `heard`
     heard: mx.array | None = None
     trim_at = NEVER  # offset from which the inputs of noted calls are to be cut down to what the router reads
-    _log: tuple[Call, ...] = ()  # calls not looked at yet
+    noted: tuple[Call, ...] = ()  # calls not looked at yet
     _shorts = 0  # calls since the newest noted prompt that were too short to be pooled
     _host: np.ndarray | None = None  # counters on the host; None: read them again
     _dirty = False  # slot 0 is older than `_host` and `decision`
@@ -144,7 +144,7 @@ class RouterState:
             offset: Position of its first token.
         """
         call = Call(layer, x, offset)
-        self._log += (call,)
+        self.noted += (call,)
         if call.layer is None:
             self._shorts += 1
             self.is_idle = self._shorts >= 2
@@ -152,13 +152,13 @@ class RouterState:
         self._shorts, self.is_idle = 0, False
         if call.tokens > 2 * layer.flux.router.pool_tokens:
             self.trim_at = call.offset + call.tokens + 2  # behind the first token
-        if len(self._log) >= LOG_CALLS:
+        if len(self.noted) >= LOG_CALLS:
             self.compute()
 
     def trim_log(self) -> list[mx.array | None]:
         """Keep of the noted calls' inputs what the router reads, returned to be evaluated: then the rest is free."""
         self.trim_at = NEVER
-        return [call.trim() for call in self._log]
+        return [call.trim() for call in self.noted]
 
     def pending(self) -> list[Any]:
         """All that is not computed yet of what was pooled, decided and noted; of noted calls what the router reads."""
@@ -168,7 +168,7 @@ class RouterState:
 
     def catch_up(self) -> None:
         """Look at the noted calls."""
-        log, self._log, self.trim_at = self._log, (), NEVER
+        log, self.noted, self.trim_at = self.noted, (), NEVER
         for call in log:
             if call.layer is None:
                 self.skip([call.tokens])
@@ -203,7 +203,7 @@ class RouterState:
     def _forget(self) -> None:
         """Drop what was read or is newer than the arrays, after stock code changed them."""
         self._host = self.decision = self._routes = self._padding = self.inputs = None
-        self._log, self._dirty, self.trim_at = (), False, NEVER
+        self.noted, self._dirty, self.trim_at = (), False, NEVER
         self.is_listening, self.heard = False, None
         self.wake()
 
@@ -223,7 +223,7 @@ class RouterState:
     @property
     def _rows(self) -> np.ndarray:
         """The counters on the host but for a decision not read. Waits for the device after stock code changed them."""
-        if self._log:
+        if self.noted:
             self.catch_up()
         if self._host is None:
             self._host = np.array(self.caches[1][0])
@@ -248,7 +248,7 @@ class RouterState:
 
         Does not wait for the device.
         """
-        is_new = self.decision is not None and all(self.decision.fed) and not self._log
+        is_new = self.decision is not None and all(self.decision.fed) and not self.noted
         return self.decision.codes if is_new else None
 
     def lend(self) -> mx.array:
@@ -259,7 +259,7 @@ class RouterState:
     @property
     def routes(self) -> list[Route]:
         """The rows' routes. Waits for a decision just made."""
-        if self._routes is None or self._log:
+        if self._routes is None or self.noted:
             self._routes = [Route(code) for code in self.counters[:, Counter.ROUTE].tolist()]
         return self._routes
 

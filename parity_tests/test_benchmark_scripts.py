@@ -78,6 +78,7 @@ def test_stock_commands_run_stock_beside_both_kinds_of_routes(tmp_path):
     assert row["first_token_speedup_forced"] == pytest.approx(np.median(np.divide(stock, forced)))
     assert row["first_token_speedup_routed"] == pytest.approx(np.median(np.divide(stock, routed)))
     assert row["prefill_speedup_routed"] > 0
+    assert not row["is_dense"]
 
 
 def test_evict_holds_less_and_keep_as_much_as_stock(tmp_path):

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
 import flux_mlx
-from flux_mlx import exact_prefill, on_the_way, router_state
+from flux_mlx import exact_prefill, routed_block, router_state
 from flux_mlx.router_state import Decision
 from flux_mlx.spec import Route
 from parity_tests.tiny_models import PATTERN, flux_model, prompt, stock_model
@@ -78,11 +79,11 @@ def test_within_sink_and_window_nothing_is_waited_for(waits):
     assert taken == flux_mlx.routes(prefilled(model, prompt(17), waits)[0])
 
 
-def test_an_answer_that_leaves_the_window_waits_once_for_each_layer(waits):
+def test_an_answer_that_leaves_the_window_waits_once(waits):
     model = flux_model()
     cache, last = prefilled(model, prompt(17), waits)
     decode(model, cache, last, 40)
-    assert waits["route"] == LAYERS
+    assert waits["route"] == 1
     assert waits["counters"] == 0
 
 
@@ -147,7 +148,7 @@ def test_decoding_evaluates_as_often_as_stock(waits, route, policy):
 
 def noted_inputs(cache: list) -> list[list[int]]:
     """Tokens of the inputs that each layer's cache holds on to; 0 for calls whose inputs do not matter."""
-    return [[0 if call.x is None else call.x.shape[1] for call in entry._log] for entry in cache]
+    return [[0 if call.x is None else call.x.shape[1] for call in entry.noted] for entry in cache]
 
 
 def test_a_short_prompt_pays_for_no_router(monkeypatch):
@@ -182,16 +183,16 @@ def test_many_short_turns_are_looked_at_now_and_then():
     cache = model.make_cache()
     for _ in range(router_state.LOG_CALLS - 1):
         mx.eval(model(mx.array([prompt(17)]), cache=cache))
-    assert {len(entry._log) for entry in cache} == {router_state.LOG_CALLS - 1}
+    assert {len(entry.noted) for entry in cache} == {router_state.LOG_CALLS - 1}
     mx.eval(model(mx.array([prompt(17)]), cache=cache))
-    assert {len(entry._log) for entry in cache} == {0}
+    assert {len(entry.noted) for entry in cache} == {0}
 
 
 def test_a_copied_cache_shares_the_noted_layers():
     model = flux_model()
     cache, _ = prefilled(model, prompt(17), Counter())
     copied = copy.deepcopy(cache)
-    assert all(a._log[0].layer is b._log[0].layer for a, b in zip(cache, copied, strict=True))
+    assert all(a.noted[0].layer is b.noted[0].layer for a, b in zip(cache, copied, strict=True))
     assert flux_mlx.routes(copied) == flux_mlx.routes(cache)
 
 
@@ -264,6 +265,19 @@ def states_and_logits(model, prefill, tokens):
     return [*states, np.array(model(last, cache=cache))]
 
 
+@pytest.fixture
+def pieces(monkeypatch) -> list[nn.Module]:
+    """Blocks whose output went to the device as soon as it was built."""
+    seen, hand_over = [], routed_block.RoutedBlock.hand_over
+
+    def noted(self, out, cache):
+        seen.append(self)
+        hand_over(self, out, cache)
+
+    monkeypatch.setattr(routed_block.RoutedBlock, "hand_over", noted)
+    return seen
+
+
 @pytest.mark.parametrize(
     ("prefill", "family", "route", "tokens"),
     [
@@ -272,43 +286,56 @@ def states_and_logits(model, prefill, tokens):
         *((in_a_batch, "qwen3", route, 60) for route in ("auto", "full")),
     ],
 )
-def test_the_device_gets_the_first_layers_of_a_prompts_call_before_the_last_are_built(
-    prefill, family, route, tokens, monkeypatch
-):
-    handed_over, hand_over, found = [], on_the_way.OnTheWay.hand_over, []
-    monkeypatch.setattr(
-        on_the_way.OnTheWay, "hand_over", lambda self, stop: handed_over.append(stop) or hand_over(self, stop)
-    )
-    for layers_at_once in (1, 100):
-        handed_over.clear()
-        monkeypatch.setattr(on_the_way, "EARLY_TOKENS", 1)
-        monkeypatch.setattr(on_the_way, "FIRST_LAYERS", layers_at_once)
-        monkeypatch.setattr(on_the_way, "LAYERS_AT_ONCE", layers_at_once)
+def test_pieces_of_a_prompts_call_make_what_the_whole_makes(prefill, family, route, tokens, monkeypatch, pieces):
+    found = []
+    monkeypatch.setattr("flux_mlx.models.LAYERS_AT_ONCE", 1)
+    for least in (1, 100_000):
+        monkeypatch.setattr(routed_block, "EARLY_TOKENS", least)
+        pieces.clear()
         model = flux_model(family, route=route)
         found.append(states_and_logits(model, prefill, tokens))
-        early = [stop for stop in handed_over if stop < len(model.layers)]
-        assert bool(early) == (layers_at_once == 1)
+        assert bool(pieces) == (least == 1)
     for one, other in zip(*found, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize(("tokens", "expected"), [(767, []), (768, [1, 4])])
-def test_of_a_long_call_the_first_layer_is_handed_over_alone_and_then_a_few_at_once(tokens, expected, monkeypatch):
-    pieces = []
-    monkeypatch.setattr(on_the_way.mx, "async_eval", lambda states: pieces.append(len(states)))
-    for entry in on_the_way.OnTheWay([Held(0) for _ in range(7)], tokens):
-        entry.offset = tokens
-    assert pieces == expected
+@pytest.mark.parametrize(("rows", "tokens", "handed_over"), [(1, 767, []), (1, 768, [0, 4]), (2, 384, [0, 4])])
+def test_of_a_long_call_the_first_layer_is_handed_over_alone_and_then_a_few_at_once(rows, tokens, handed_over, pieces):
+    model = flux_model(num_hidden_layers=9)
+    model(mx.zeros((rows, tokens), mx.int32), cache=model.make_cache())
+    assert [
+        i for i, layer in enumerate(model.layers) if any(layer is one for one in pieces)
+    ] == handed_over  # not the last: nobody may want it
 
 
-def test_a_walk_over_the_cache_that_builds_no_layer_hands_nothing_over(monkeypatch):
-    monkeypatch.setattr(on_the_way.OnTheWay, "hand_over", lambda self, stop: pytest.fail("nothing was built"))
-    assert len(list(on_the_way.OnTheWay([Held(3) for _ in range(9)], 1000))) == 9
+def test_exact_prefill_hands_chunks_over_itself(monkeypatch):
+    monkeypatch.setattr(routed_block, "EARLY_TOKENS", 1)
+    model, start, starters = flux_model(), mx.async_eval, Counter()
+
+    def counted(*arrays):
+        starters[sys._getframe(1).f_globals["__name__"]] += 1
+        start(*arrays)
+
+    monkeypatch.setattr(mx, "async_eval", counted)
+    flux_mlx.prefill(model, mx.array(prompt(100)), model.make_cache(), prefill_step_size=40)
+    assert starters["flux_mlx.exact_prefill"] > 0
+    assert starters["flux_mlx.routed_block"] == 0
 
 
-class Held:
-    """A cache entry of `offset` tokens."""
+@pytest.mark.parametrize("route", ["full", "sparse"])
+def test_gradients_and_compilation_go_through_a_long_call_with_a_cache(route, monkeypatch):
+    model, tokens = flux_model(route=route), mx.array([prompt(100)])
 
-    def __init__(self, offset: int):
-        self.offset = offset
-        self.state = ()
+    def loss(weights):
+        model.update(weights)
+        return model(tokens, cache=model.make_cache()).astype(mx.float32).sum()
+
+    found = []
+    for least in (1, 100_000):
+        monkeypatch.setattr(routed_block, "EARLY_TOKENS", least)
+        parameters = model.trainable_parameters()
+        found.append([np.array(x) for _, x in tree_flatten(mx.grad(loss)(parameters))])
+        model.update(parameters)
+        found[-1].append(np.array(mx.compile(lambda x: model(x, cache=model.make_cache()))(tokens)))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)

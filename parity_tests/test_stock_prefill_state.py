@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator, generate_step
-from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
+from mlx_lm.models.cache import LRUPromptCache, load_prompt_cache, save_prompt_cache
 
 import flux_mlx
 from flux_mlx.routed_attention import RoutedAttention
-from parity_tests.late_routes import check_alike
+from parity_tests.late_routes import check_alike, play_device
 from parity_tests.tiny_models import PATTERN, ROUTER, flux_model, prompt
 
 LAYERS = 4
+WIDE = dataclasses.replace(PATTERN, window_tokens=512)
 
 
 @pytest.fixture
@@ -48,14 +53,65 @@ def by_hand(model: Any, tokens: list[int], step: int) -> list[Any]:
     return cache
 
 
-@pytest.mark.parametrize("step", [16, 2048])
+@pytest.mark.parametrize("step", [40, 2048])
 def test_a_prompt_within_sink_and_window_pays_for_no_router_in_stock_generation(step, pooled):
-    model = flux_model()
-    cache = by_stock(model, prompt(PATTERN.dense_tokens - 2), step)
+    model = flux_model(pattern=WIDE)
+    cache = by_stock(model, prompt(100), step)
     assert not pooled
-    assert all(call.x.shape[1] <= 2 * ROUTER.pool_tokens for entry in cache for call in entry._log if call.layer)
+    widths = {call.x.shape[1] for entry in cache for call in entry.noted if call.layer}
+    assert widths == {2 * ROUTER.pool_tokens, *((99 % step,) if step < 99 else ())}  # what is read of 40, 40 and 19
     assert all(entry.state for entry in cache)
     assert len(pooled) >= LAYERS
+
+
+class PromptDone(Exception):  # noqa: N818 (no error: it ends stock's generation)
+    """All of the prompt but its last token is in the cache."""
+
+
+def evaluated_by_stock(monkeypatch, model: Any, tokens: list[int]) -> tuple[list[Any], list[mx.array]]:
+    """The cache behind a prompt's one chunk, and every array that mlx-lm evaluated."""
+    trees: list[Any] = []
+    evaluate = mx.eval
+
+    def stop(done: int, total: int) -> None:
+        if done == total - 1:
+            raise PromptDone
+
+    cache = model.make_cache()
+    steps = generate_step(mx.array(tokens), model, prompt_cache=cache, prompt_progress_callback=stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "eval", lambda *some: trees.extend(some) or evaluate(*some))
+        with pytest.raises(PromptDone):
+            next(steps)
+    return cache, [x for _, x in tree_flatten(trees) if isinstance(x, mx.array)]
+
+
+def is_among(array: mx.array, arrays: list[mx.array]) -> bool:
+    return any(array is one for one in arrays)
+
+
+def test_stock_evaluates_the_inputs_of_noted_calls(monkeypatch):
+    cache, arrays = evaluated_by_stock(monkeypatch, flux_model(pattern=WIDE), prompt(100))
+    assert all(is_among(entry.noted[0].x, arrays) for entry in cache)
+
+
+def test_stock_evaluates_pools_and_decisions_that_stay_on_the_device(monkeypatch):
+    play_device(monkeypatch)
+    cache, arrays = evaluated_by_stock(monkeypatch, flux_model(), prompt(100))
+    for entry in cache:
+        assert is_among(entry.decision.codes, arrays)
+        assert all(is_among(pool, arrays) for pool in entry.caches[1].cache)
+        assert entry.inputs is None  # the pools held on to them
+
+
+def test_a_cache_that_is_kept_holds_neither_model_nor_inputs():
+    model = flux_model(pattern=WIDE)
+    layer, cache = weakref.ref(model.layers[0].self_attn), by_stock(model, prompt(100), 2048)
+    LRUPromptCache().insert_cache("model", prompt(100), cache)
+    del model
+    gc.collect()
+    assert layer() is None
+    assert not any(entry.noted for entry in cache)
 
 
 @pytest.mark.parametrize("tokens", [17, 100, 257])
