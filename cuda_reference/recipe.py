@@ -156,11 +156,21 @@ _SECTIONS = {
 }
 
 
-def _build(cls: type, values: Mapping[str, Any]) -> Any:
-    known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(values.keys() - known)
+_FORMS = {"int": int, "float": (int, float), "str": str, "bool": bool, "tuple": (list, tuple), "Mapping": Mapping}
+
+
+def _build(cls: type, values: Any) -> Any:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"[recipe] {cls.__name__} must be a table of settings, got {values!r}.")
+    known = {f.name: str(f.type).partition("[")[0] for f in dataclasses.fields(cls)}
+    unknown = sorted(values.keys() - known.keys())
     if unknown:
         raise ValueError(f"[recipe] {cls.__name__} has no settings {unknown}; it has {sorted(known)}.")
+    for name, value in values.items():
+        form = known[name]
+        is_wrong_bool = isinstance(value, bool) and form in ("int", "float")
+        if is_wrong_bool or not isinstance(value, _FORMS.get(form, object)):
+            raise ValueError(f"[recipe] {name} must be of type {form}, got {value!r}.")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -191,7 +201,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raw = tomllib.loads(file.read_text(encoding="utf-8"))
         for override in overrides:
             _override(raw, override)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"[recipe] {file} or an override is not TOML: {error}") from None
     return recipe_from_dict(raw)
 
@@ -203,4 +213,6 @@ def _override(raw: dict[str, Any], override: str) -> None:
     *sections, last = name.strip().split(".")
     for section in sections:
         raw = raw.setdefault(section, {})
+        if not isinstance(raw, dict):
+            raise ValueError(f"[recipe] the override {override!r} looks for a table {section!r}, which is {raw!r}.")
     raw[last] = tomllib.loads(f"value = {value}")["value"]

@@ -128,6 +128,12 @@ def test_shipped_recipes_are_read(name):
         ("start_confidence=0.5", "start_confidence must"),
         ("data.tasks.poetry=1", "target for every task"),
         ("seed", "name=value"),
+        ("seed.x=1", "looks for a table 'seed', which is 0"),
+        ('seed="a"', "seed must be of type int, got 'a'"),
+        ("hard=1", "hard must be of type bool, got 1"),
+        ("optimiser.lr=true", "lr must be of type float, got True"),
+        ("start=1", "start must be of type Mapping, got 1"),
+        ("optimiser=1", "OptimiserConfig must be a table of settings, got 1"),
         ("seed=one", "not TOML"),
         ("pattern.window_tokens=0", "window_tokens"),
     ],
@@ -135,6 +141,12 @@ def test_shipped_recipes_are_read(name):
 def test_bad_settings_are_refused(override, message):
     with pytest.raises(ValueError, match=message):
         load_recipe("smollm2", [override])
+
+
+def test_a_recipe_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "bad.toml").write_bytes(b"seed = 1\n# \xff")
+    with pytest.raises(ValueError, match=r"bad\.toml or an override is not TOML"):
+        load_recipe(tmp_path / "bad.toml")
 
 
 def test_calibration_may_have_lengths_of_its_own():
