@@ -180,7 +180,8 @@ def _apply(model: nn.Module, config: FluxConfig, fresh: bool) -> nn.Module:
             f"[apply] {type(model).__module__} has no layer that can be routed: expected global attention of one of "
             f"{', '.join(ATTENTION_MODULES)}."
         )
-    for place, (i, attn) in enumerate(chosen.items()):
+    next_piece = 0
+    for i, attn in chosen.items():
         attn.__class__ = _mixed(RoutedAttention, type(attn))
         attn.pooled_dim = head_dim(attn)
         attn.router = LayerRouter(attn.pooled_dim, config.router, seed=i if fresh else None)
@@ -188,7 +189,8 @@ def _apply(model: nn.Module, config: FluxConfig, fresh: bool) -> nn.Module:
         block = model.layers[i]
         block.__class__ = _mixed(RoutedBlock, type(block))
         block.token_steps = TokenSteps()
-        block.hands_over = place % LAYERS_AT_ONCE == 0 and i < len(model.layers) - 1
+        block.hands_over = next_piece <= i < len(model.layers) - 1
+        next_piece = i + LAYERS_AT_ONCE if block.hands_over else next_piece
     model.__class__ = _mixed(FluxModel, type(model))
     model.flux = config
     model.flux_show = switched_on("FLUX_MLX_SHOW_ROUTES")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +17,7 @@ from flux_mlx.window_cache import WindowKVCache
 
 _PLAIN_KEYS = (KVCache, WindowKVCache)
 EARLY_TOKENS = 768  # of a call that goes in pieces; an H100 has done a shorter one before Python has built it
-LAYERS_AT_ONCE = 4  # handed over together, behind the first alone: about a graph of MLX's CUDA backend
+LAYERS_AT_ONCE = 4  # handed over together, behind the first routed one: about a graph of MLX's CUDA backend
 
 
 class RoutedBlock:
@@ -46,10 +45,17 @@ class RoutedBlock:
         return out
 
     def hand_over(self, out: Any, cache: CacheList) -> None:
-        """Start the work of a prompt's call up to `out`, what the block puts out, unless exact prefill sees to it."""
-        if cache.pinned is None:
-            with suppress(ValueError):  # traced: the call is one of a gradient, or of a function that is compiled
-                mx.async_eval(out)
+        """Start the work of a prompt's call up to `out`, what the block puts out, unless exact prefill sees to it.
+
+        MLX refuses that while it traces the call, for a gradient or a compiled function: there the call stays whole.
+        """
+        if cache.pinned is not None:
+            return
+        try:
+            mx.async_eval(out)
+        except ValueError as error:
+            if "graph transformation" not in str(error):
+                raise
 
     def is_plain_token(self, x: mx.array, cache: CacheList) -> bool:
         """Whether the call is one token of one row that changes no route, over keys as they are."""

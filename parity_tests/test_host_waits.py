@@ -299,13 +299,26 @@ def test_pieces_of_a_prompts_call_make_what_the_whole_makes(prefill, family, rou
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize(("rows", "tokens", "handed_over"), [(1, 767, []), (1, 768, [0, 4]), (2, 384, [0, 4])])
-def test_of_a_long_call_the_first_layer_is_handed_over_alone_and_then_a_few_at_once(rows, tokens, handed_over, pieces):
-    model = flux_model(num_hidden_layers=9)
+@pytest.mark.parametrize(
+    ("family", "rows", "tokens", "handed_over"),
+    [
+        ("llama", 1, 767, []),
+        ("llama", 1, 768, [0, 4]),
+        ("llama", 2, 384, [0, 4]),
+        ("gemma3_text", 1, 768, [1, 5]),  # of its layers every other one is routed
+    ],
+)
+def test_of_a_long_call_the_first_layer_is_handed_over_alone_and_then_a_few_at_once(
+    family, rows, tokens, handed_over, pieces
+):
+    model = flux_model(family, num_hidden_layers=9)
     model(mx.zeros((rows, tokens), mx.int32), cache=model.make_cache())
-    assert [
-        i for i, layer in enumerate(model.layers) if any(layer is one for one in pieces)
-    ] == handed_over  # not the last: nobody may want it
+    assert [i for i, layer in enumerate(model.layers) if any(layer is one for one in pieces)] == handed_over
+
+
+def test_of_layers_that_are_far_apart_each_hands_over():
+    model = flux_model("gemma3_text", num_hidden_layers=26, sliding_window_pattern=6)
+    assert [i for i, layer in enumerate(model.layers) if getattr(layer, "hands_over", False)] == [5, 11, 17, 23]
 
 
 def test_exact_prefill_hands_chunks_over_itself(monkeypatch):
