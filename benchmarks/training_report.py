@@ -232,6 +232,20 @@ def chunked(parts: Sequence[Results], contender: str) -> str:
     return table([*header, "choice, difference exact", "chunked"], rows)
 
 
+def chosen_forms(results: Results) -> str:
+    """How many facts a cell of `multi-keys` holds: of the numbers tried, the one at which all full chose right most."""
+    rows = []
+    for cell, tried in sorted(results["forms"].items(), key=_cell_order):
+        shares = {_facts(form): share for form, share in tried.items()}
+        shown = ", ".join(f"{facts}: {share:.2f}" for facts, share in shares.items())
+        rows.append([cell, max(shares, key=lambda facts: shares[facts]), shown])
+    return table(["cell", "facts", "all full choose right, by number of facts"], rows)
+
+
+def _facts(form: str) -> int:
+    return int(form.removeprefix("keys") or 10)
+
+
 def by_depth(results: Results, contender: str) -> str:
     """Choice and NLL ratio by the needle's place."""
     rows = []
@@ -258,6 +272,7 @@ def report(parts: Sequence[Results], ships: str, seeds: Sequence[str]) -> str:
     texts = {
         "All contenders, on the same samples": comparison(shared),
         f"What {ships} must hold": targets(results, ships),
+        "Facts in a prompt of multi-keys": chosen_forms(results),
         f"{ships}, cell by cell": by_cell(results, ships),
         **({f"{seed}, cell by cell": by_cell(results, seed) for seed in seeds if seed != ships}),
         "Exact and chunked routing": chunked(parts, seeds[0]),

@@ -35,11 +35,11 @@ def test_the_card_gives_the_figures_of_the_files(parts):
     kinds = {
         "number in a plain sentence": "test/single-magic",
         "one fact, any form": "test/single",
-        "many facts of one form": "test/multi-keys",
+        "two facts of one form": "test/multi-keys",
         "one fact, the answer not begun": "test/single-bare",
         "two joined facts": "test/multi-hops",
         "one fact, unseen forms, fillers, instructions": "ood/single",
-        "many facts, unseen": "ood/multi-keys",
+        "two facts, unseen": "ood/multi-keys",
         "code": "test/code",
         "documents": "test/document",
         "counting": "test/aggregation",

@@ -8,7 +8,17 @@ import json
 import pytest
 
 from benchmarks import training_agreement, training_memory, training_report
-from benchmarks.training_report import chunked, comparison, information, lost, lost_noise, merge, report, targets
+from benchmarks.training_report import (
+    chosen_forms,
+    chunked,
+    comparison,
+    information,
+    lost,
+    lost_noise,
+    merge,
+    report,
+    targets,
+)
 
 KINDS = ("single-magic", "single", "multi-keys", "code", "document")
 
@@ -61,6 +71,20 @@ def test_collapsed_routing_says_nothing_about_the_task():
     within, about = information(made(full=0.0), "seed0")
     assert within == pytest.approx(0.0, abs=1e-9)
     assert about == pytest.approx(0.971 / 4, abs=1e-3)  # one layer of four differs, for two kinds of five
+
+
+def test_the_number_of_facts_is_the_one_that_was_taken():
+    shards = [
+        {"forms": {"test/multi-keys/8192": {"keys": 0.23, "keys4": 0.45, "keys3": 0.7}}},
+        {"forms": {"test/multi-keys/4096": {"keys": 0.9}}},
+        {"forms": {"ood/multi-keys/4096": {"keys": 0.1, "keys4": 0.2, "keys3": 0.5, "keys2": 0.4}}},  # none is enough
+    ]
+    lines = chosen_forms(merge(shards)).splitlines()[2:]
+    assert lines == [
+        "| ood/multi-keys/4096 | 3 | 10: 0.10, 4: 0.20, 3: 0.50, 2: 0.40 |",
+        "| test/multi-keys/4096 | 10 | 10: 0.90 |",
+        "| test/multi-keys/8192 | 3 | 10: 0.23, 4: 0.45, 3: 0.70 |",
+    ]
 
 
 def test_shards_and_later_runs_are_put_together():
