@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -84,6 +85,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _hear_interrupts() -> None:
+    """Processes that a shell starts in the background, and theirs, ignore interrupts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def running_server(
     model: Path, log: Path, *flags: str, module: tuple[str, ...] = ("flux_mlx.server",)
@@ -91,7 +97,10 @@ def running_server(
     """A server of `model`, ended with the block. Its output goes to `log`."""
     port = free_port()
     command = [sys.executable, "-m", *module, "--model", str(model), "--port", str(port), *flags]
-    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
+    with (
+        log.open("w") as out,
+        subprocess.Popen(command, stdout=out, stderr=out, preexec_fn=_hear_interrupts) as process,
+    ):
         server, deadline = Server(port, process), time.monotonic() + START_S
         try:
             while True:
