@@ -144,15 +144,16 @@ class PromptDone(Exception):  # noqa: N818 (no error: it ends stock's generation
     """The prompt but its last token is in the cache."""
 
 
-def stock_prefill(model: nn.Module, tokens: mx.array, step: int) -> None:
-    """mlx-lm's generation of a prompt, int `[L]`, up to where it would feed the last token."""
+def stock_prefill(model: nn.Module, tokens: mx.array, step: int, cache: list[Any] | None = None) -> None:
+    """mlx-lm's generation of a prompt, int `[L]`, up to where it would feed the last token; fills `cache` if given."""
 
     def report(done: int, total: int) -> None:
         if done == total - 1:
             raise PromptDone
 
     with suppress(PromptDone):
-        next(generate_step(tokens, model, prefill_step_size=step, prompt_progress_callback=report))
+        options = {"prompt_cache": cache, "prefill_step_size": step, "prompt_progress_callback": report}
+        next(generate_step(tokens, model, **options))
 
 
 def flux_prefill(model: nn.Module, tokens: mx.array, step: int) -> None:

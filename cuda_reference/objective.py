@@ -101,7 +101,12 @@ def sample_nll(
     Returns:
         `[samples]` float32.
     """
-    return _sample_means(_by_rows(_nll, rows, logits, targets), sample, samples)
+    return _sample_means(target_nll(logits, targets, rows), sample, samples)
+
+
+def target_nll(logits: torch.Tensor, targets: torch.Tensor, rows: int = ROWS_PER_STEP) -> torch.Tensor:
+    """Negative log-likelihood of each row's target, natural log: `[M]` float32; arguments as `sample_nll`'s."""
+    return _by_rows(_nll, rows, logits, targets)
 
 
 def sample_divergence(

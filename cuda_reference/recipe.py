@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cuda_reference.schedules import Schedules
+from flux_mlx.declared_types import is_of_type
 from flux_mlx.spec import PatternConfig, RouterConfig
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -156,9 +157,6 @@ _SECTIONS = {
 }
 
 
-_FORMS = {"int": int, "float": (int, float), "str": str, "bool": bool, "tuple": (list, tuple), "Mapping": Mapping}
-
-
 def _build(cls: type, values: Any) -> Any:
     if not isinstance(values, Mapping):
         raise ValueError(f"[recipe] {cls.__name__} must be a table of settings, got {values!r}.")
@@ -167,10 +165,8 @@ def _build(cls: type, values: Any) -> Any:
     if unknown:
         raise ValueError(f"[recipe] {cls.__name__} has no settings {unknown}; it has {sorted(known)}.")
     for name, value in values.items():
-        form = known[name]
-        is_wrong_bool = isinstance(value, bool) and form in ("int", "float")
-        if is_wrong_bool or not isinstance(value, _FORMS.get(form, object)):
-            raise ValueError(f"[recipe] {name} must be of type {form}, got {value!r}.")
+        if not is_of_type(known[name], value):
+            raise ValueError(f"[recipe] {name} must be of type {known[name]}, got {value!r}.")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 

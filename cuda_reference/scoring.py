@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from cuda_reference.data_packing import Pack, pack, packed_tokens
 from cuda_reference.data_prompts import TASKS, Sample
-from cuda_reference.objective import ROWS_PER_STEP
+from cuda_reference.objective import target_nll
 from cuda_reference.packed_model import PackedModel, Routing
 
 Policy = str | torch.Tensor
@@ -86,7 +85,7 @@ def score(
 
 
 def _scores(logits: torch.Tensor, routing: Routing, packed: Pack, batch: list[Sample]) -> list[Score]:
-    nll = _target_nll(logits, packed.loss_targets)
+    nll = target_nll(logits, packed.loss_targets)
     branches = 1 + max(len(s.candidates) for s in batch)
     key = packed.loss_sample * branches + packed.loss_branch
     sums, wrong = (torch.zeros(len(batch) * branches, device=nll.device) for _ in range(2))
@@ -102,12 +101,6 @@ def _scores(logits: torch.Tensor, routing: Routing, packed: Pack, batch: list[Sa
         mean = float(sums[i, 0]) / len(sample.answer)
         found.append(Score(mean, chosen, wrong[i] == 0, 1.0 - float(full[i].mean()), tuple(full[i].tolist()), gaps[i]))
     return found
-
-
-def _target_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """NLL of each position's target, `[M]` float32; `ROWS_PER_STEP` positions are widened to float32 at one time."""
-    parts = zip(logits.split(ROWS_PER_STEP), targets.split(ROWS_PER_STEP), strict=True)
-    return torch.cat([functional.cross_entropy(rows.float(), wanted, reduction="none") for rows, wanted in parts])
 
 
 def _gaps(routing: Routing, packed: Pack) -> list[tuple[float, ...]]:

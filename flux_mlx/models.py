@@ -18,6 +18,7 @@ from mlx_lm.utils import _get_classes
 from flux_mlx.cache import CacheList, describe_routes, trim_noted
 from flux_mlx.cache import routes as taken_routes
 from flux_mlx.callers import refuse_gguf_export, refuse_long_drafts
+from flux_mlx.declared_types import is_of_type
 from flux_mlx.environment import forced_route, switched_on
 from flux_mlx.families import ATTENTION_MODULES, head_dim, is_routable
 from flux_mlx.late_decisions import read_late
@@ -272,12 +273,8 @@ def Model(args: ModelArgs) -> nn.Module:  # noqa: N802 (mlx-lm's loader asks for
 
 def _check_types(config: dict[str, Any], stock_args: type) -> None:
     """Refuse numbers, words and switches of another type than the stock model declares: it would fail in use."""
-    kinds = {"int": int, "float": (int, float), "bool": bool, "str": str}
     for field in dataclasses.fields(stock_args) if dataclasses.is_dataclass(stock_args) else ():
         declared = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
         value = config.get(field.name)
-        if declared not in kinds or value is None:
-            continue
-        wrong_bool = isinstance(value, bool) and declared in ("int", "float")
-        if wrong_bool or not isinstance(value, kinds[declared]):
+        if value is not None and not is_of_type(declared, value):
             raise ValueError(f"[Model] {field.name} must be of type {declared}, got {value!r}.")

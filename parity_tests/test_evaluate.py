@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from cuda_reference import baselines, scoring, search
+from cuda_reference import baselines, objective, scoring, search
 from cuda_reference.cells import default_cells, shard_of
 from cuda_reference.checkpoints import save_routers
 from cuda_reference.contenders import policy_of, router_contenders, static_contender
@@ -226,9 +227,9 @@ def test_positions_are_scored_in_pieces_as_in_one(model, monkeypatch):
         pieces.append(len(logits))
         return cross_entropy(logits, *args, **options)
 
-    cross_entropy = scoring.functional.cross_entropy
-    monkeypatch.setattr(scoring.functional, "cross_entropy", noted)
-    monkeypatch.setattr(scoring, "ROWS_PER_STEP", 7)
+    cross_entropy = objective.functional.cross_entropy
+    monkeypatch.setattr(objective.functional, "cross_entropy", noted)
+    monkeypatch.setattr(scoring, "target_nll", partial(objective.target_nll, rows=7))
     assert score(model, samples, "auto", 1024) == whole
     assert set(pieces[:-1]) == {7}
     assert 0 < pieces[-1] < 7

@@ -16,11 +16,11 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import LRUPromptCache, load_prompt_cache, save_prompt_cache
 
 import flux_mlx
+from benchmarks.mlx_timeline import stock_prefill
 from flux_mlx.routed_attention import RoutedAttention
-from parity_tests.late_routes import check_alike, play_device
+from parity_tests.late_routes import LAYERS, check_alike, play_device
 from parity_tests.tiny_models import PATTERN, ROUTER, flux_model, prompt
 
-LAYERS = 4
 WIDE = dataclasses.replace(PATTERN, window_tokens=512)
 
 
@@ -64,25 +64,14 @@ def test_a_prompt_within_sink_and_window_pays_for_no_router_in_stock_generation(
     assert len(pooled) >= LAYERS
 
 
-class PromptDone(Exception):  # noqa: N818 (no error: it ends stock's generation)
-    """All of the prompt but its last token is in the cache."""
-
-
 def evaluated_by_stock(monkeypatch, model: Any, tokens: list[int]) -> tuple[list[Any], list[mx.array]]:
     """The cache behind a prompt's one chunk, and every array that mlx-lm evaluated."""
     trees: list[Any] = []
     evaluate = mx.eval
-
-    def stop(done: int, total: int) -> None:
-        if done == total - 1:
-            raise PromptDone
-
     cache = model.make_cache()
-    steps = generate_step(mx.array(tokens), model, prompt_cache=cache, prompt_progress_callback=stop)
     with monkeypatch.context() as patch:
         patch.setattr(mx, "eval", lambda *some: trees.extend(some) or evaluate(*some))
-        with pytest.raises(PromptDone):
-            next(steps)
+        stock_prefill(model, mx.array(tokens), 2048, cache)
     return cache, [x for _, x in tree_flatten(trees) if isinstance(x, mx.array)]
 
 
