@@ -16,7 +16,9 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 from mlx_lm.models.cache import CacheList as StockCacheList
 
 from flux_mlx.callers import only_evaluates
-from flux_mlx.router_state import NEVER, Counter, RouterState
+from flux_mlx.noted_calls import NEVER
+from flux_mlx.router_counters import Counter
+from flux_mlx.router_state import RouterState
 from flux_mlx.spec import PatternConfig, Route
 from flux_mlx.window_cache import WindowKVCache
 
@@ -243,7 +245,7 @@ def trim_noted(cache: list[object]) -> None:
     """Have the layers' noted inputs cut down to what routers read, all at once, when the first token is out."""
     due = [entry for entry in cache if isinstance(entry, CacheList) and entry.trim_at != NEVER]
     if due and due[0].trim_at <= due[0].offset:
-        mx.async_eval([entry.trim_log() for entry in due])
+        mx.async_eval([entry.trim_noted() for entry in due])
 
 
 def tokens_held(cache: list[object]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from flux_mlx.cache import CacheList
-from flux_mlx.router_state import Decision, joined_for_host
+from flux_mlx.router_decision import Decision, joined_for_host
 
 
 class LateDecisions:

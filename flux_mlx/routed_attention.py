@@ -19,8 +19,8 @@ from flux_mlx import cuda_kernels, kernel_policy
 from flux_mlx.attention import sparse_attention
 from flux_mlx.cache import CacheList
 from flux_mlx.families import project, project_queries, rotate
+from flux_mlx.noted_calls import RESTLESS
 from flux_mlx.router import decide, decide_by_kernel, mean_over_heads, pool_queries, route_codes
-from flux_mlx.router_state import RESTLESS
 from flux_mlx.router_training import Samples, attend_training
 from flux_mlx.short_calls import ShortCalls
 from flux_mlx.spec import Route

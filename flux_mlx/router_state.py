@@ -9,120 +9,38 @@ All of it is in the three arrays of an `ArraysCache`, batch first:
 A row of zeros, as stock code makes for new rows, means: nothing known, compute full attention.
 
 The counters are kept on the host; the one thing that only the device knows is a decision just made. It stays there
-until somebody asks for the route. Nobody does while sink and window hold every key. So the calls of a single row are
-only noted, and looked at when somebody asks: a short prompt pays for no router. Kernels that take a route from the
-device do not ask: see `RouterState.undecided`.
+until somebody asks for the route. Kernels that take a route from the device do not ask: see `RouterState.undecided`.
+The calls of a single row are only noted until then: see `flux_mlx.noted_calls`.
 """
 
 from __future__ import annotations
 
-from enum import IntEnum
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from flux_mlx.cuda_kernels import rows_on_device
+from flux_mlx.noted_calls import RESTLESS, NotedCalls
+from flux_mlx.router_counters import Bound, Counter, begin_turn, rewind
+from flux_mlx.router_decision import Decision
 from flux_mlx.spec import Route
 
-RESTLESS = object()  # `RouterState.calm` of a cache that every call must look at: no layer's `forced`
-NEVER = 1 << 62  # an offset that no cache comes to
-LOG_CALLS = 8  # calls noted at most: prompts in the log hold on to their inputs
 
-
-class Counter(IntEnum):
-    """Columns of a row's counters."""
-
-    ROUTE = 0  # a Route
-    PREFIX = 1  # valid rows of `prefix`
-    RECENT = 2  # valid rows of `recent`
-    END = 3  # position after the newest pooled token
-    PREFIX_END = 4  # position after the newest token in `prefix`
-    TURN = 5  # prompt tokens pooled in this turn
-    BOUND = 6  # a Bound
-    SHORT_CALLS = 7  # calls since the newest pooled token that were too short to be pooled, at most 2
-    SHORT_TOKENS = 8  # tokens of the first of them
-
-
-class Bound(IntEnum):
-    """What a turn of fewer than P tokens may do to a row's route."""
-
-    FREE = 0  # anything: the row had no route when the turn began
-    ROUTED = 1  # take it to FULL, never from it
-    STALE_FULL = 2  # take it to FULL only: it was FULL before a cut made it stale
-
-
-class Decision(NamedTuple):
-    """What the router said, not read yet."""
-
-    codes: mx.array  # int32 [B], of Route
-    fed: list[bool]  # rows that it counts for; the others keep their route
-    is_lent: bool = False  # kernels under way may read `codes`
-
-    def read(self) -> list[Route | None]:
-        """The rows' new routes, None where they keep theirs. Waits for the device."""
-        codes = joined_for_host([self.codes]) if self.is_lent else self.codes
-        return [Route(code) if fed else None for code, fed in zip(codes.tolist(), self.fed, strict=True)]
-
-
-def joined_for_host(codes: list[mx.array]) -> mx.array:
-    """Decisions of one row or more, joined, in memory that no kernel reads.
-
-    MLX on CUDA moves what the host reads to other memory, and does not wait for kernels that read it where it was.
-    """
-    repeats = -(-rows_on_device(len(codes), codes[0].itemsize) // len(codes))  # of one alone MLX would make no copy
-    return mx.concatenate(codes * repeats)[: sum(part.size for part in codes)]
-
-
-class Call:
-    """A call that was noted. Copies of a cache share it, because the layer is the model's.
-
-    Attributes:
-        tokens: Their number.
-        offset: Position of the first of them.
-        layer: The attention module; None if they are too few to be pooled.
-        x: `[1, tokens, hidden]`, its input; after `trim` what the router reads of it.
-
-    Of a call that is too short only the number counts. It holds on to nothing: caches outlive their model in a server.
-    """
-
-    __slots__ = ("layer", "offset", "tokens", "x")
-
-    def __init__(self, layer: Any, x: mx.array, offset: int):
-        self.tokens, self.offset = x.shape[1], offset
-        is_pooled = self.tokens >= layer.flux.router.min_prefill_tokens
-        self.layer, self.x = (layer, x) if is_pooled else (None, None)
-
-    def __deepcopy__(self, _: Any) -> Call:
-        return self
-
-    def trim(self) -> mx.array | None:
-        """Keep of the input what the router reads, and return it."""
-        if self.layer is not None:
-            self.x = self.layer.router_input(self.x)
-        return self.x
-
-
-class RouterState:
+class RouterState(NotedCalls):
     """Mixed into the routed cache: the second half of it, and what the host knows of that."""
 
     caches: tuple[Any, Any]  # the KV cache, and the arrays
     offset: Any
     is_evicted: bool
-    calm: Any = RESTLESS  # `forced` of the layer whose short calls `RoutedAttention.decode` may take
     is_listening = False  # the next call is dense, and only its input is kept: in `heard`
     heard: mx.array | None = None
-    trim_at = NEVER  # offset from which the inputs of noted calls are to be cut down to what the router reads
-    noted: tuple[Call, ...] = ()  # calls not looked at yet
-    _shorts = 0  # calls since the newest noted prompt that were too short to be pooled
     _host: np.ndarray | None = None  # counters on the host; None: read them again
     _dirty = False  # slot 0 is older than `_host` and `decision`
     decision: Decision | None = None  # newer than the host's routes
     _routes: list[Route] | None = None  # the routes, read
     inputs: mx.array | None = None  # what the newest pooled queries are computed from, until they are
     stays_undecided = False  # of the exact prefill under way, the decision may stay on the device until its end
-    is_idle = False  # a further call that is too short to be pooled changes nothing here
 
     @property
     def rows_held(self) -> int:
@@ -135,49 +53,11 @@ class RouterState:
         is_plain = arrays.lengths is None and arrays.left_padding is None
         return is_plain and isinstance(self.offset, int) and arrays.cache[0].shape[0] == 1
 
-    def note(self, layer: Any, x: mx.array, offset: int) -> None:
-        """Remember a call of the one row; what it means for the route is worked out when somebody asks.
-
-        Args:
-            layer: Its attention module, which has `take_in`.
-            x: `[1, L, hidden]`, the module's input.
-            offset: Position of its first token.
-        """
-        call = Call(layer, x, offset)
-        self.noted += (call,)
-        if call.layer is None:
-            self._shorts += 1
-            self.is_idle = self._shorts >= 2
-            return
-        self._shorts, self.is_idle = 0, False
-        if call.tokens > 2 * layer.flux.router.pool_tokens:
-            self.trim_at = call.offset + call.tokens + 2  # behind the first token
-        if len(self.noted) >= LOG_CALLS:
-            self.compute()
-
-    def trim_log(self) -> list[mx.array | None]:
-        """Keep of the noted calls' inputs what the router reads, returned to be evaluated: then the rest is free."""
-        self.trim_at = NEVER
-        return [call.trim() for call in self.noted]
-
     def pending(self) -> list[Any]:
         """All that is not computed yet of what was pooled, decided and noted; of noted calls what the router reads."""
         self.inputs = None  # the arrays hold on to them, until these are evaluated
         codes = None if self.decision is None else self.decision.codes
-        return [self.caches[1].cache, codes, self.trim_log()]
-
-    def catch_up(self) -> None:
-        """Look at the noted calls."""
-        log, self.noted, self.trim_at = self.noted, (), NEVER
-        for call in log:
-            if call.layer is None:
-                self.skip([call.tokens])
-            else:
-                call.layer.take_in(self, call.x, call.tokens, call.offset)
-
-    def wake(self) -> None:
-        """The next call has to be looked at, however short it is."""
-        self.is_idle, self.calm, self._shorts = False, RESTLESS, 0
+        return [self.caches[1].cache, codes, self.trim_noted()]
 
     def _flush(self) -> None:
         """Bring slot 0 up to the counters on the host and the newest decision, before stock code reads it."""
@@ -203,8 +83,8 @@ class RouterState:
     def _forget(self) -> None:
         """Drop what was read or is newer than the arrays, after stock code changed them."""
         self._host = self.decision = self._routes = self._padding = self.inputs = None
-        self.noted, self._dirty, self.trim_at = (), False, NEVER
-        self.is_listening, self.heard = False, None
+        self.is_listening, self.heard, self._dirty = False, None, False
+        self.drop_noted()
         self.wake()
 
     def _copied(self) -> dict[str, Any]:
@@ -321,7 +201,7 @@ class RouterState:
         counters = self._rows[row]  # first: it looks at noted calls, which replaces the arrays
         prefix, recent = self.caches[1][1], self.caches[1][2]
         pool_tokens = prefix.shape[1]
-        self._begin_turn(counters, self.offsets()[row] if offset is None else offset)
+        begin_turn(counters, self.offsets()[row] if offset is None else offset, self.decision is not None)
         start = counters[Counter.END]
         if (room := min(pool_tokens - int(counters[Counter.PREFIX]), tokens)) > 0:
             used = int(counters[Counter.PREFIX])
@@ -336,20 +216,6 @@ class RouterState:
         counters[Counter.TURN] += tokens
         self._dirty = True
         self.wake()
-
-    def _begin_turn(self, counters: np.ndarray, offset: int) -> None:
-        """Start a new turn if tokens that are not of this prompt came, or were cut, after the newest pooled token.
-
-        One short call in between is the prompt's own: stock code cuts prompts anywhere, an answer takes two calls.
-        """
-        gap = offset - int(counters[Counter.END])
-        own = counters[Counter.SHORT_CALLS] == 1 and counters[Counter.SHORT_TOKENS] == gap
-        if (gap or counters[Counter.SHORT_CALLS]) and not own:
-            counters[Counter.TURN] = 0
-            if self.decision is not None or counters[Counter.ROUTE] != Route.UNSET:
-                counters[Counter.BOUND] = Bound.ROUTED
-        counters[Counter.END] = offset
-        counters[[Counter.SHORT_CALLS, Counter.SHORT_TOKENS]] = 0
 
     def pool_rows(self) -> tuple[mx.array, mx.array, tuple[tuple[int, int], ...]]:
         """What the router pools: prefix and recent, float32 `[B, P, D]`, and how many rows of each count."""
@@ -406,22 +272,11 @@ class RouterState:
             mx.async_eval(self.decision.codes, beside)
 
     def _rewind(self) -> None:
-        """Forget what was pooled of tokens that are gone. A layer that dropped keys stays sparse.
-
-        That a row was FULL is remembered for a short turn, unless nothing of the row is left.
-        """
+        """Bring the counters to the offsets after a cut: see `router_counters.rewind`."""
         self._routes = None
         self.wake()
         for counters, offset in zip(self.counters, self.offsets(), strict=True):
-            if counters[Counter.END] <= offset:
-                continue
-            if counters[Counter.PREFIX_END] > offset:
-                contiguous = counters[Counter.PREFIX_END] == counters[Counter.PREFIX]
-                counters[Counter.PREFIX] = counters[Counter.PREFIX_END] = max(0, offset) if contiguous else 0
-            counters[Counter.END] = max(0, offset)
-            counters[[Counter.RECENT, Counter.TURN, Counter.SHORT_CALLS]] = 0
-            counters[Counter.BOUND] = Bound.STALE_FULL if offset > 0 and _was_full(counters) else Bound.FREE
-            counters[Counter.ROUTE] = Route.SPARSE if self.is_evicted else Route.UNSET
+            rewind(counters, offset, self.is_evicted)
         self._dirty = True
 
 
@@ -429,12 +284,6 @@ class RouterState:
 def _behind_routes(rows: int, counters: bytes) -> mx.array:
     """Counters but for the routes, int32 `[B, 8]`. A model's layers share them: a GPU fetches host memory by pages."""
     return mx.array(np.frombuffer(counters, np.int32).reshape(rows, -1))
-
-
-def _was_full(counters: np.ndarray) -> bool:
-    """Whether a row's route is FULL, or was before a cut since which there is none."""
-    route = counters[Counter.ROUTE]
-    return route == Route.FULL or (route == Route.UNSET and counters[Counter.BOUND] == Bound.STALE_FULL)
 
 
 def _with_row(x: mx.array, row: int, value: mx.array) -> mx.array:

@@ -12,7 +12,7 @@ import numpy as np
 
 import flux_mlx
 from flux_mlx import attention, cuda_kernels, kernel_policy
-from flux_mlx.router_state import Decision
+from flux_mlx.router_decision import Decision
 from flux_mlx.spec import Route
 
 LAYERS = 4

@@ -10,7 +10,7 @@ import flux_mlx
 from flux_mlx import attention, cuda_catalog, cuda_kernels, cuda_router, doctor, kernel_policy, kernel_self_test
 from flux_mlx.models import routed_layers
 from flux_mlx.router import LayerRouter
-from flux_mlx.router_state import Decision
+from flux_mlx.router_decision import Decision
 from flux_mlx.spec import PatternConfig, Route, RouterConfig
 from parity_tests.tiny_models import flux_model, prompt
 from parity_tests.token_by_token import ON_DEVICES, by_steps_and_by_own_calls

@@ -17,8 +17,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
 import flux_mlx
-from flux_mlx import exact_prefill, routed_block, router_state
-from flux_mlx.router_state import Decision
+from flux_mlx import exact_prefill, noted_calls, routed_block, router_state
+from flux_mlx.router_decision import Decision
 from flux_mlx.spec import Route
 from parity_tests.tiny_models import PATTERN, flux_model, prompt, stock_model
 
@@ -181,9 +181,9 @@ def test_inputs_of_a_noted_prompt_are_trimmed_behind_the_first_token():
 def test_many_short_turns_are_looked_at_now_and_then():
     model = flux_model(pattern=dataclasses.replace(PATTERN, window_tokens=512))
     cache = model.make_cache()
-    for _ in range(router_state.LOG_CALLS - 1):
+    for _ in range(noted_calls.NOTED_CALLS - 1):
         mx.eval(model(mx.array([prompt(17)]), cache=cache))
-    assert {len(entry.noted) for entry in cache} == {router_state.LOG_CALLS - 1}
+    assert {len(entry.noted) for entry in cache} == {noted_calls.NOTED_CALLS - 1}
     mx.eval(model(mx.array([prompt(17)]), cache=cache))
     assert {len(entry.noted) for entry in cache} == {0}
 

@@ -21,10 +21,10 @@ from flux_mlx import (
     kernel_policy,
     late_decisions,
     routed_attention,
-    router_state,
+    router_decision,
 )
 from flux_mlx.kernel_self_test import Variant
-from flux_mlx.router_state import Decision
+from flux_mlx.router_decision import Decision
 from flux_mlx.spec import PatternConfig, Route
 from parity_tests.cuda_cases import AMPERE, H100
 from parity_tests.late_routes import (
@@ -212,7 +212,7 @@ def address(x: mx.array) -> int:
 def test_the_host_reads_no_memory_that_kernels_read(monkeypatch, device):
     """MLX moves what the host reads while kernels under way read it where it was."""
     lent, read = [], []
-    attend, joined = cuda_kernels.routed_attention, router_state.joined_for_host
+    attend, joined = cuda_kernels.routed_attention, router_decision.joined_for_host
 
     def noted_attend(q, k, v, route, *args, **options):
         lent.append(route)
@@ -224,7 +224,7 @@ def test_the_host_reads_no_memory_that_kernels_read(monkeypatch, device):
 
     monkeypatch.setattr(cuda_kernels, "routed_attention", noted_attend)
     monkeypatch.setattr(late_decisions, "joined_for_host", noted_join)
-    monkeypatch.setattr(router_state, "joined_for_host", noted_join)
+    monkeypatch.setattr(router_decision, "joined_for_host", noted_join)
     model, tokens = flux_model(), prompt(TOKENS)
     for index, attn in flux_mlx.models.routed_layers(model).items():
         attn.forced = Route.SPARSE if index != 1 else None
@@ -240,10 +240,10 @@ def test_the_host_reads_no_memory_that_kernels_read(monkeypatch, device):
 @pytest.mark.parametrize("layers", [1, 2, 3, 5])
 def test_decisions_are_joined_in_the_device_s_own_memory(layers):
     parts = [mx.array([1 + layer % 2]) for layer in range(layers)]
-    joined = router_state.joined_for_host(parts)
+    joined = router_decision.joined_for_host(parts)
     assert joined.tolist() == [1 + layer % 2 for layer in range(layers)]
     graph = io.StringIO()
-    mx.export_to_dot(graph, router_state.joined_for_host(parts))
+    mx.export_to_dot(graph, router_decision.joined_for_host(parts))
     assert "Concatenate" in graph.getvalue()
     assert address(joined) not in {address(part) for part in parts}
 

@@ -16,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flux_mlx
-from flux_mlx import router_state
+from flux_mlx import noted_calls
 from flux_mlx.cache import CacheList, can_trim, tokens_held
 from flux_mlx.models import apply, routed_layers, set_kv_policy, set_route
-from flux_mlx.router_state import Counter, Decision
+from flux_mlx.router_counters import Counter
+from flux_mlx.router_decision import Decision
 from flux_mlx.spec import FluxConfig, PatternConfig, Route, RouterConfig
 from parity_tests.tiny_models import prompt, randomise_routers, stock_model
 
@@ -164,13 +165,13 @@ ACTS = st.one_of(
 
 
 @pytest.mark.parametrize("kv_policy", ["keep", "evict"])
-@given(acts=st.lists(ACTS, min_size=3, max_size=16), log_calls=st.sampled_from([2, router_state.LOG_CALLS]))
-def test_a_cache_asked_late_agrees_with_one_asked_always(kv_policy, acts, log_calls):
+@given(acts=st.lists(ACTS, min_size=3, max_size=16), most=st.sampled_from([2, noted_calls.NOTED_CALLS]))
+def test_a_cache_asked_late_agrees_with_one_asked_always(kv_policy, acts, most):
     set_kv_policy(MODEL, kv_policy)
     set_route(MODEL, "auto")
     caches = Caches()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(router_state, "LOG_CALLS", log_calls)
+        patch.setattr(noted_calls, "NOTED_CALLS", most)
         for name, *values in acts:
             getattr(caches, name)(*values)
         caches.check()
