@@ -160,6 +160,17 @@ class CacheList(RouterState, StockCacheList):
         self.caches[1].cache = [mx.repeat(array, rows, axis=0) for array in self.caches[1].cache]
         self._forget()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: what a file holds, so nothing of the model. Noted calls are looked at."""
+        self._flush()
+        return {"caches": self.caches}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheList:
+        """A copy shares the noted calls, which nobody has to look at for it."""
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
     @property
     def state(self):
         """What stock code evaluates and saves. To be evaluated alone, calls that were noted may stay so."""

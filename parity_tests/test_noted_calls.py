@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import pickle
 import weakref
 from contextlib import suppress
 from typing import Any
@@ -118,6 +119,11 @@ class Caches:
         self.left.append((self.late, self.early))
         self.late, self.early = copy.deepcopy(self.late), copy.deepcopy(self.early)
 
+    def pickle(self) -> None:
+        """The pickled ones go on, and what they were made of is left."""
+        self.left.append((self.late, self.early))
+        self.late, self.early = _pickled(self.late), _pickled(self.early)
+
     def can_leave(self) -> bool:
         """Whether stock code takes it: there are keys, and all of them."""
         return tokens_held(self.late) > 0 and not any(entry.is_evicted for entry in self.late)
@@ -145,6 +151,10 @@ class Caches:
                     np.testing.assert_array_equal(np.array(found), np.array(expected))
 
 
+def _pickled(cache: list) -> list:
+    return pickle.loads(pickle.dumps(cache))
+
+
 def _resumed(entry: CacheList, n: int) -> int:
     routes, trimmed = entry.routes, entry.trim(n)
     entry.resume(routes)
@@ -160,7 +170,7 @@ ACTS = st.one_of(
     st.tuples(st.just("cut"), st.integers(1, 40)),
     st.tuples(st.just("route"), POLICIES),
     st.tuples(st.just("ask"), st.integers(0, LAYERS - 1)),
-    st.tuples(st.sampled_from(["evaluate", "copy", "through_a_batch", "through_a_file"])),
+    st.tuples(st.sampled_from(["evaluate", "copy", "pickle", "through_a_batch", "through_a_file"])),
 )
 
 
@@ -175,6 +185,36 @@ def test_a_cache_asked_late_agrees_with_one_asked_always(kv_policy, acts, most):
         for name, *values in acts:
             getattr(caches, name)(*values)
         caches.check()
+
+
+@pytest.mark.parametrize("turns", [[50], [17, 1, 20], [100]])
+def test_a_pickled_cache_knows_what_noted_calls_come_to(turns):
+    set_route(MODEL, "auto")
+    set_kv_policy(MODEL, "keep")
+    cache = MODEL.make_cache()
+    for seed, tokens in enumerate(turns):
+        MODEL(mx.array([prompt(tokens, seed=seed)]), cache=cache)
+    assert all(entry.noted for entry in cache)
+    expected = flux_mlx.routes(copy.deepcopy(cache))
+    twin = _pickled(cache)
+    assert flux_mlx.routes(twin) == flux_mlx.routes(cache) == expected
+    assert Route.UNSET not in expected
+    more = mx.array([prompt(150, seed=9)])  # beyond sink and window
+    np.testing.assert_array_equal(np.array(MODEL(more, cache=twin)), np.array(MODEL(more, cache=cache)))
+
+
+def test_pickling_reads_no_decision():
+    """Kernels under way may read it; the host is not to, where it is."""
+    set_route(MODEL, "auto")
+    cache = MODEL.make_cache()
+    MODEL(mx.array([prompt(50)]), cache=cache)
+    for entry in cache:
+        entry.catch_up()
+    decisions = [entry.decision for entry in cache]
+    twin = _pickled(cache)
+    assert all(entry.decision is decision is not None for entry, decision in zip(cache, decisions, strict=True))
+    assert all(entry.decision is None for entry in twin)
+    assert flux_mlx.routes(twin) == flux_mlx.routes(cache)
 
 
 def test_an_interrupted_wait_for_a_route_can_be_repeated(monkeypatch):
