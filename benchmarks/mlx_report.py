@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.mlx_prediction import columns
 from flux_mlx.benchmark_compare import median_ratio
+from flux_mlx.spec import Route
 
 FOLDER = Path(__file__).parent
 NAMES_OF_BITS = {16: "bf16", 4: "4bit"}
-COMPARED = ("mlx_bf16", "mlx_bf16_256k", "mlx_4bit")
+COMPARED = ("mlx_bf16", "mlx_bf16_256k", "mlx_4bit", "mlx_4bit_256k")
 SHORT = "mlx_short"
 
 
 def record(name: str) -> dict[str, Any]:
     """A record by its file's name."""
     return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def is_measured(name: str) -> bool:
+    """Whether there is such a record."""
+    return (FOLDER / f"{name}.json").exists()
 
 
 def length(tokens: int) -> str:
@@ -28,7 +35,7 @@ def length(tokens: int) -> str:
 
 def compared_rows() -> Iterable[tuple[int, dict[str, Any]]]:
     """(bits, row) of whole runs, stock beside Flux."""
-    for name in COMPARED:
+    for name in filter(is_measured, COMPARED):
         found = record(name)
         yield from ((found["model"]["bits"], row) for row in found["rows"])
 
@@ -171,11 +178,120 @@ def exact_table() -> str:
     return columns(lines)
 
 
+def ratio(value: float | None) -> str:
+    """A speed-up or a ceiling, which a noisy machine may lack."""
+    return "" if value is None else f"{value:.2f}"
+
+
+def commands_table() -> str:
+    """Stock's commands, which prefill in chunks: the stock model, and a Flux model by force and routed."""
+    lines: list[tuple[Any, ...]] = [
+        (
+            "tokens",
+            "stock s",
+            "forced s",
+            "routed s",
+            "prefill, forced",
+            "prefill, routed",
+            "first token, forced",
+            "first token, routed",
+        )
+    ]
+    for row in record("mlx_commands")["rows"]:
+        times = (f"{row['runs'][kind]['prefill_s']:.3f}" for kind in ("stock", "forced", "routed"))
+        ratios = (row[f"{what}_speedup_{kind}"] for what in ("prefill", "first_token") for kind in ("forced", "routed"))
+        lines.append((length(row["tokens"]), *times, *map(ratio, ratios)))
+    return columns(lines)
+
+
+def batch_table() -> str:
+    """Whole prompts of several rows at a time; tokens a second are of all rows."""
+    lines: list[tuple[Any, ...]] = [
+        (
+            "rows",
+            "tokens",
+            "prefill, stock s",
+            "Flux s",
+            "speed-up",
+            "ceiling",
+            "decode, stock tok/s",
+            "Flux tok/s",
+            "speed-up",
+            "ceiling",
+            "peak, stock GB",
+            "Flux GB",
+        )
+    ]
+    for row in record("mlx_batch")["rows"]:
+        cells = []
+        for phase, name, digits in (("prefill", "prefill_s", 1), ("decode", "decode_tokens_per_s", 0)):
+            cells += [f"{row[side][name]['median']:.{digits}f}" for side in ("stock", "flux")]
+            cells += [ratio(row[phase][what]) for what in ("speedup", "ceiling")]
+        peaks = (f"{row[side]['peak_bytes'] / 1e9:.1f}" for side in ("stock", "flux"))
+        lines.append((row["batch_size"], length(row["prompt_tokens"]), *cells, *peaks))
+    return columns(lines)
+
+
+def million_table() -> str:
+    """A very long prompt on a small shape, evict: flat should be a sparse layer's cache, and its time for a token."""
+    lines: list[tuple[Any, ...]] = [
+        (
+            "tokens",
+            "prefill s",
+            "tok/s",
+            "a new token ms",
+            "peak GB",
+            "hidden states GB",
+            "caches GB",
+            "largest sparse layer's MB",
+            "a sparse layer, us a token",
+        )
+    ]
+    for row in record("mlx_million")["rows"]:
+        sparse = [layer["seconds"] for layer in row["layers"] if layer["route"] == Route.SPARSE.name]
+        lines.append(
+            (
+                length(row["tokens"]),
+                f"{row['prefill_s']:.2f}",
+                f"{row['tokens'] / row['prefill_s']:.0f}",
+                f"{1e3 * row['token_s']:.2f}",
+                *(f"{row[name] / 1e9:.3f}" for name in ("peak_bytes", "hidden_buffer_bytes", "kv_bytes")),
+                f"{row['largest_sparse_cache_bytes'] / 1e6:.2f}",
+                f"{1e6 * statistics.median(sparse) / row['tokens']:.3f}",
+            )
+        )
+    return columns(lines)
+
+
+def crossover_table() -> str:
+    """Speed-ups by length, then the lengths from which on routing pays."""
+    found = record("mlx_crossover")
+    rows: list[tuple[Any, ...]] = [("tokens", "prefill", "decode", "runs")]
+    for row in found["rows"]:
+        speedups = (f"{row[phase]['speedup']:.3f}" for phase in ("prefill", "decode"))
+        rows.append((row["prompt_tokens"], *speedups, row["trials"]))
+    phases: list[tuple[Any, ...]] = [("phase", "pays from", "not at", "least speed-up", "at")]
+    for phase, what in found["crossover"].items():
+        bounds = (what[name] or "none measured" for name in ("pays_from_tokens", "does_not_pay_at_tokens"))
+        phases.append((phase, *bounds, f"{what['least_speedup']:.3f}", what["least_speedup_at_tokens"]))
+    return f"{columns(rows)}\n\n{columns(phases)}"
+
+
+LATER = {
+    "mlx_commands": commands_table,
+    "mlx_batch": batch_table,
+    "mlx_million": million_table,
+    "mlx_crossover": crossover_table,
+}
+"""Tables that are shown as soon as their record is there."""
+
+
 def tables() -> list[str]:
     """All of them, in the page's order."""
     decoding = (decode_table, host_table, graph_table)
     makers = (prefill_table, exact_table, short_table, *decoding, attention_table, device_table)
-    return [make() for make in makers]
+    later = [make for name, make in LATER.items() if is_measured(name)]
+    return [make() for make in (*makers, *later)]
 
 
 if __name__ == "__main__":

@@ -199,6 +199,83 @@ def test_the_page_shows_what_was_measured():
     assert all(table in page for table in mlx_report.tables())
 
 
+def rows_shown(table: str) -> list[list[str]]:
+    """Cells of a markdown table without its head."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def compared(tmp_path: Path, stage: str, *arguments: str) -> dict:
+    path = tmp_path / f"mlx_{stage}.json"
+    benchmark.main([*SIZES, *arguments, "-n", "1", "-g", "2", "--omega", "0.75", "--json", str(path)])
+    return json.loads(path.read_text())
+
+
+@pytest.fixture
+def records(tmp_path, monkeypatch) -> Path:
+    """A folder of records beside those that the page has shown from the start."""
+    for path in mlx_report.FOLDER.glob("mlx_*.json"):
+        if path.stem not in mlx_report.LATER and path.stem != "mlx_4bit_256k":
+            (tmp_path / path.name).symlink_to(path)
+    monkeypatch.setattr(mlx_report, "FOLDER", tmp_path)
+    return tmp_path
+
+
+def test_a_record_that_comes_later_adds_its_table(records):
+    before = mlx_report.tables()
+    rows_of("mlx_stock_commands", records, "--lengths", "100", "-n", "1")
+    (records / "mlx_stock_commands.json").rename(records / "mlx_commands.json")
+    assert mlx_report.tables() == [*before, mlx_report.commands_table()]
+    whole = compared(records, "4bit_256k", "--lengths", "64")
+    assert mlx_report.prefill_table().startswith(before[0])
+    added = rows_shown(mlx_report.prefill_table())[-1]
+    assert added[:2] == ["16", "64"]
+    assert added[3] == f"{whole['rows'][0]['stock']['prefill_s']['median']:.2f}"
+
+
+def test_the_table_of_stocks_commands(records):
+    (row,) = rows_of("mlx_stock_commands", records, "--lengths", "100", "-n", "2")["rows"]
+    (records / "mlx_stock_commands.json").rename(records / "mlx_commands.json")
+    ((tokens, *cells),) = rows_shown(mlx_report.commands_table())
+    times = [row["runs"][kind]["prefill_s"] for kind in ("stock", "forced", "routed")]
+    ratios = [row[f"prefill_speedup_{kind}"] for kind in ("forced", "routed")]
+    ratios += [row[f"first_token_speedup_{kind}"] for kind in ("forced", "routed")]
+    assert tokens == "100"
+    assert [float(cell) for cell in cells] == pytest.approx(times + ratios, abs=0.006)
+
+
+def test_the_table_of_a_batch(records):
+    (row,) = compared(records, "batch", "--batch-size", "2", "--lengths", "64")["rows"]
+    (cells,) = rows_shown(mlx_report.batch_table())
+    assert cells[:2] == ["2", "64"]
+    assert float(cells[4]) == pytest.approx(row["prefill"]["speedup"], abs=0.006)
+    assert float(cells[6]) == pytest.approx(2 / row["stock"]["token_s"]["median"], abs=0.6)
+    row["decode"]["ceiling"] = None
+    (records / "mlx_batch.json").write_text(json.dumps({"rows": [row]}))
+    assert rows_shown(mlx_report.batch_table())[0][9] == ""
+
+
+def test_the_table_of_a_million_tokens(records):
+    short, long = rows_of("mlx_million", records, "--lengths", "300", "600")["rows"]
+    shown = rows_shown(mlx_report.million_table())
+    assert [cells[0] for cells in shown] == ["300", "600"]
+    assert shown[0][7] == shown[1][7] == f"{short['largest_sparse_cache_bytes'] / 1e6:.2f}"
+    sparse = np.median([layer["seconds"] for layer in long["layers"][1:]])
+    assert float(shown[1][8]) == pytest.approx(1e6 * sparse / 600, abs=6e-4)
+
+
+def test_the_table_of_the_crossover(records):
+    found = compared(records, "crossover", "--crossover", "--lengths", "8", "16")
+    by_length, by_phase = (rows_shown(table) for table in mlx_report.crossover_table().split("\n\n"))
+    assert [int(cells[0]) for cells in by_length] == [row["prompt_tokens"] for row in found["rows"]]
+    assert [float(cells[1]) for cells in by_length] == pytest.approx(
+        [row["prefill"]["speedup"] for row in found["rows"]], abs=6e-4
+    )
+    prefill = found["crossover"]["prefill"]
+    expected = [str(prefill[name] or "none measured") for name in ("pays_from_tokens", "does_not_pay_at_tokens")]
+    assert by_phase[0][:3] == ["prefill", *expected]
+    assert [cells[0] for cells in by_phase] == ["prefill", "decode"]
+
+
 def test_a_token_s_time_is_split_into_its_parts(tmp_path):
     rows = rows_of("mlx_host_time", tmp_path, "--lengths", "300", "-g", "3")["rows"]
     assert [row["kind"] for row in rows] == ["stock", "full", "spread", "sparse", "sparse, evict"]
