@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     for name in ("block_size", "sink_tokens", "window_tokens"):
         add(f"--{name.replace('_', '-')}", type=_count(0), help="of the pattern (default: the model's)")
     add("--crossover", action="store_true", help="search, from the least to the greatest length, where routing pays")
+    add("--memory-share", type=_share, default=1.0, help="of MLX's memory limit, beyond which it waits for the device")
     add("--json", type=Path, metavar="FILE", help="write all figures")
     add("--plot", type=Path, metavar="FILE", help="draw speed-ups and ceilings (needs matplotlib)")
     add("--seed", type=int, default=0, help="of random weights (default: %(default)s)")
@@ -188,6 +190,21 @@ def prepare(args: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
     return bench, facts
 
 
+@contextmanager
+def limited_memory(share: float) -> Iterator[None]:
+    """Let MLX build ahead of the device only until `share` of its memory limit is in use.
+
+    It waits when an allocation has passed the limit, so arrays that are large beside what the limit leaves free end a
+    process: stock's mask of a batch, as MLX's CUDA backend adds it to scores, is `[B, HQ, L, S]` in every layer.
+    """
+    usual = mx.set_memory_limit(0)
+    mx.set_memory_limit(int(share * usual))
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(usual)
+
+
 def measure(args: argparse.Namespace, bench: Bench, lengths: Sequence[int], record: dict[str, Any]) -> dict[str, Any]:
     """The record with the rows of all lengths, or with those of the search for the crossover.
 
@@ -234,7 +251,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = " ".join(["flux_mlx.benchmark", *(sys.argv[1:] if argv is None else argv)])
     record = {"command": command, "hardware": hardware(), "versions": versions(), **facts}
     try:
-        record = measure(args, bench, lengths, record)
+        with limited_memory(args.memory_share):
+            record = measure(args, bench, lengths, record)
     except (MemoryError, RuntimeError, ValueError) as error:  # MLX raises these when memory runs out
         kept = f"; {args.json} holds the lengths that were done" if args.json and args.json.exists() else ""
         parser.exit(1, f"{parser.prog}: stopped: {error}{kept}\n")

@@ -157,6 +157,22 @@ def test_both_sides_generate_and_a_cut_run_leaves_what_it_had(tmp_path, monkeypa
     assert [row["prompt_tokens"] for row in record["rows"]] == [64]
 
 
+def test_a_share_of_mlxs_memory_limit_holds_for_the_runs_only(monkeypatch, capsys):
+    compare, usual, seen = benchmark.compare, mx.set_memory_limit(0), []
+    mx.set_memory_limit(usual)
+
+    def noted(bench, tokens):
+        seen.append(mx.set_memory_limit(0))
+        mx.set_memory_limit(seen[-1])
+        return compare(bench, tokens)
+
+    monkeypatch.setattr(benchmark, "compare", noted)
+    for share in ((), ("--memory-share", "0.66")):
+        run("--lengths", "40", *share)
+    assert seen == [usual, int(0.66 * usual)]
+    assert mx.set_memory_limit(usual) == usual
+
+
 def test_memory_that_runs_out_ends_in_one_line(tmp_path, monkeypatch, capsys):
     def fail(bench, tokens):
         raise RuntimeError("[malloc] Unable to allocate")
