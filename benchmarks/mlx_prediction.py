@@ -244,12 +244,24 @@ START_S = 20.0  # of a process: imports, random weights, loading kernels; the fi
 PASSES = 11  # that the timing of attention by itself makes over a prompt: 2, and 3 times one call and two
 
 
+MASK_PASSES = 6  # over stock's mask of a batch in each layer: zeros, minus infinity, their choice (3), attention
+CROSSOVER_RUNS = {**dict.fromkeys((512, 1024, 2048, 3072, 4096, 8192, 16384), 7), 32768: 4, 65536: 2}
+"""Lengths that `--crossover` would measure, one of them in the bracket, and rounds that its time allows."""
+
+
+def masks_s(tokens: int, rows: int) -> float:
+    """Stock's masks of a batch of prompts, `[B, HQ, step, keys]` in each layer, moved through memory."""
+    pairs = sum(STEP_TOKENS * keys for keys in range(STEP_TOKENS, tokens + 1, STEP_TOKENS))
+    return H100.moved_s(MASK_PASSES * QWEN3_8B.layers * rows * QWEN3_8B.q_heads * pairs * ITEM_BYTES)
+
+
 def compare_s(bits: int, tokens: int, sparse: int, trials: int, generated: int, rows: int = 1) -> float:
-    """What `flux_mlx.benchmark` needs for one length."""
+    """What `flux_mlx.benchmark` needs for one length, a run of each side as warm-up included."""
     parts = sum(attention_s(QWEN3_8B, H100, tokens, pattern) for pattern in (None, PATTERN))
-    prompts = sum(prefill_s(QWEN3_8B, H100, bits, tokens, n) for n in (0, sparse))
+    prompts = rows * sum(prefill_s(QWEN3_8B, H100, bits, tokens, n) for n in (0, sparse))
+    prompts += masks_s(tokens, rows) if rows > 1 else 0
     answers = generated * sum(token_s(QWEN3_8B, H100, bits, rows * tokens, n) for n in (0, sparse))
-    return rows * PASSES * parts + trials * (rows * prompts + answers)
+    return rows * PASSES * parts + (trials + 1) * prompts + trials * answers
 
 
 def stages() -> dict[str, float]:
@@ -267,16 +279,17 @@ def stages() -> dict[str, float]:
         "layer": PASSES * sum(layer) + 5,
         "decode-bf16": decode(16, 3),
         "decode-4bit": decode(4, 5),
-        "short": sum(compare_s(16, n, 25, 8, 8) for n in (256, 512, 1024, 2048, 4096)),
+        "short": sum(compare_s(16, n, 25, 11, 24) for n in (256, 512, 1024, 2048, 4096)),
+        "crossover": sum(compare_s(16, n, 25, runs, 24) for n, runs in CROSSOVER_RUNS.items()),
         "router": 48 * prefill_s(QWEN3_8B, H100, 16, 8192, 25),
         "commands": 4
         * sum(prefill_s(QWEN3_8B, H100, 16, n, sparse) for n in (1024, 8192, 32768) for sparse in (0, 25, 25)),
         "exact": 3 * sum(exact),
-        "bf16": compare_s(16, 32768, 25, 5, 32) + compare_s(16, 131072, 25, 2, 32),
+        "bf16": compare_s(16, 32768, 25, 4, 48) + compare_s(16, 131072, 25, 2, 48),
         "bf16-256k": compare_s(16, 262144, 28, 1, 32),
         "million": sum(small),
         "memory": memory,
-        "4bit": compare_s(4, 32768, 25, 2, 32) + compare_s(4, 131072, 25, 1, 32),
+        "4bit": compare_s(4, 32768, 25, 2, 48) + compare_s(4, 131072, 25, 1, 48),
         "batch": compare_s(4, 32768, 25, 1, 32, rows=8),
         "4bit-256k": compare_s(4, 262144, 28, 1, 32),
         "timeline": 35 * sum(prompts) + 120 * token_s(QWEN3_8B, H100, 16, 131072) + 10,  # PyTorch, and its tracer

@@ -138,6 +138,15 @@ def test_the_driver_goes_on_after_a_failure_and_tells_of_it(tmp_path, python, co
     assert ("-m benchmarks.mlx_sparse_layer --lengths 32K 128K" in log) != bool(code)
 
 
+def test_the_driver_names_records_as_the_report_does(tmp_path):
+    environment = os.environ | {"PYTHON": "echo", "MLX_PTX_CACHE_DIR": str(tmp_path / "ptx")}
+    wanted = {f"mlx_{stage.replace('-', '_')}" for stage in stage_commands()}
+    assert wanted >= {*mlx_report.COMPARED, *mlx_report.LATER}
+    subprocess.run(["sh", str(DRIVER), str(tmp_path), *stage_commands()], env=environment, check=True)
+    written = re.findall(r"--json \S+/(\w+)\.json", (tmp_path / "mlx_cuda.log").read_text())
+    assert set(written) == wanted
+
+
 @pytest.mark.parametrize("stage", stage_commands())
 def test_the_drivers_commands_are_ones_that_the_scripts_take(stage, monkeypatch):
     kind, *words = shlex.split(stage_commands()[stage].replace("$json", "out.json"))
@@ -180,9 +189,20 @@ def test_predictions_are_operations_over_rates():
     assert mlx_prediction.token_s(QWEN3_8B, machine, 16, tokens) == pytest.approx(one)
 
 
-def test_the_stages_are_the_drivers_and_fit_into_a_quarter_of_an_hour():
+def test_the_stages_are_the_drivers_and_fit_into_a_sitting_of_half_an_hour():
     assert list(mlx_prediction.stages()) == list(stage_commands())
-    assert 60 + sum(mlx_prediction.stages().values()) < 900
+    assert 60 + sum(mlx_prediction.stages().values()) < 1800
+
+
+def test_a_comparison_takes_its_warm_up_and_a_batch_takes_stocks_masks():
+    prompts = sum(mlx_prediction.prefill_s(QWEN3_8B, mlx_prediction.H100, 4, 4096, n) for n in (0, 25))
+    none, one = (mlx_prediction.compare_s(4, 4096, 25, trials, 0) for trials in (0, 1))
+    assert one - none == pytest.approx(prompts)
+    assert none > prompts
+    masks = 8 * 32 * (2048 * 2048 + 2048 * 4096) * 2
+    assert mlx_prediction.masks_s(4096, 8) == pytest.approx(36 * 6 * masks / 3e12)
+    rows = [mlx_prediction.compare_s(4, 4096, 25, 1, 0, rows=n) for n in (1, 8)]
+    assert rows[1] == pytest.approx(8 * rows[0] + 2 * 36 * 6 * masks / 3e12)
 
 
 def test_the_page_shows_what_the_arithmetic_says():
