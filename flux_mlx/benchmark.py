@@ -40,6 +40,9 @@ CPU_LENGTHS_TOKENS = (512, 1024, 2048)
 SHAPE_OMEGA = 0.7
 _UNITS = {"K": 1 << 10, "M": 1 << 20}
 
+SETTINGS = ("omega", "route", "kv_policy", "generation_tokens", "num_trials", "memory_share")
+SETTINGS += ("prefill_step_size", "batch_step_size")
+
 
 def length(text: str) -> int:
     """A number of tokens: 512, 32K or 1M.
@@ -92,6 +95,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add("--num-trials", "-n", type=_count(1), default=3, help="runs of each side, in turn (default: %(default)s)")
     add("--trial-seconds", type=float, default=float("inf"), help="no further runs of a length after this time")
     add("--prefill-step-size", "--chunk", type=_count(1), default=2048, help="tokens of a chunk (default: %(default)s)")
+    add("--batch-step-size", type=_count(1), help="tokens of a row in a chunk of stock's batch (default: as above)")
     add("--pattern", choices=PATTERNS, help="what sparse layers see (default: the model's, or streaming)")
     for name in ("block_size", "sink_tokens", "window_tokens"):
         add(f"--{name.replace('_', '-')}", type=_count(0), help="of the pattern (default: the model's)")
@@ -176,16 +180,14 @@ def prepare(args: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
         num_trials=args.num_trials,
         trial_seconds=args.trial_seconds,
         before_row=before_row,
+        batch_step_size=args.batch_step_size,
     )
     weights = {"bits": args.bits, "dtype": args.dtype or default_dtype(), "weights": "random"} if args.shape else {}
     facts = {
         "model": {"name": args.shape or Path(args.model).name, **weights, "bytes": parameter_bytes(bench.stock)},
         "text": {"source": source, "tokens": len(bench.prompts.ids)},
         "pattern": dataclasses.asdict(config.pattern),
-        "settings": {
-            name: getattr(args, name)
-            for name in ("omega", "route", "kv_policy", "generation_tokens", "num_trials", "prefill_step_size")
-        },
+        "settings": {name: getattr(args, name) for name in SETTINGS},
     }
     return bench, facts
 
@@ -255,7 +257,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             record = measure(args, bench, lengths, record)
     except (MemoryError, RuntimeError, ValueError) as error:  # MLX raises these when memory runs out
         kept = f"; {args.json} holds the lengths that were done" if args.json and args.json.exists() else ""
-        parser.exit(1, f"{parser.prog}: stopped: {error}{kept}\n")
+        held = f"{mx.get_peak_memory() / 1e9:.1f} GB"
+        parser.exit(1, f"{parser.prog}: stopped: {error}; MLX held at most {held}{kept}\n")
     write_json(args.json, record)
     sys.stdout.write(as_text(record, args.show_routes) + "\n")
     if args.plot:

@@ -45,6 +45,7 @@ class Bench:
         num_trials: Runs of each, at most.
         trial_seconds: No further runs of a length after this time.
         before_row: See `Work`.
+        batch_step_size: See `Work`.
     """
 
     flux: nn.Module
@@ -56,11 +57,12 @@ class Bench:
     num_trials: int = 3
     trial_seconds: float = math.inf
     before_row: Callable[[int], None] | None = None
+    batch_step_size: int | None = None
 
     def work(self, prompt_tokens: int) -> Work:
         """The work of a run."""
         rows = [self.prompts.prompt(prompt_tokens, row) for row in range(self.batch_size)]
-        return Work(rows, self.generation_tokens, self.prefill_step_size, self.before_row)
+        return Work(rows, self.generation_tokens, self.prefill_step_size, self.before_row, self.batch_step_size)
 
     def runners(self) -> dict[str, Runner]:
         """Both sides."""

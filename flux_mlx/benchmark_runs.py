@@ -28,12 +28,14 @@ class Work:
         generation_tokens: Tokens to generate for every row, 2 or more.
         prefill_step_size: Tokens of a prefill chunk.
         before_row: Called with the index of a row before Flux prefills it, to change its routes.
+        batch_step_size: Tokens of one row in a chunk of a batch that stock prefills; None for `prefill_step_size`.
     """
 
     prompts: list[list[int]]
     generation_tokens: int = 64
     prefill_step_size: int = DEFAULT_STEP_TOKENS
     before_row: Callable[[int], None] | None = None
+    batch_step_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def _batch_generator(model: nn.Module, work: Work) -> BatchGenerator:
         max_tokens=work.generation_tokens,
         prefill_batch_size=rows,
         completion_batch_size=rows,
-        prefill_step_size=work.prefill_step_size,
+        prefill_step_size=work.batch_step_size or work.prefill_step_size,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -181,7 +182,7 @@ def test_memory_that_runs_out_ends_in_one_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         run("--lengths", "64", "--json", str(tmp_path / "record.json"))
     assert stopped.value.code == 1
-    assert "stopped: [malloc] Unable to allocate\n" in capsys.readouterr().err
+    assert "stopped: [malloc] Unable to allocate; MLX held at most " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -200,6 +201,24 @@ def test_runs_measure_what_they_are_named_for(rows):
         assert 0.9 * kv_bytes < run_of.kv_bytes < run_of.peak_bytes
     set_route(flux, "full")
     assert run_flux(flux, work).sparse_layers == 0
+
+
+def test_only_stocks_batch_takes_its_own_step(monkeypatch):
+    flux, sizes = flux_model("qwen3"), []
+    stock = stock_view(flux)
+    plain = type(stock).__call__
+
+    def sized(self, inputs, *rest, **named):
+        sizes.append(inputs.shape)
+        return plain(self, inputs, *rest, **named)
+
+    monkeypatch.setattr(type(stock), "__call__", sized)
+    work = Work([prompt(65, seed) for seed in range(2)], 2, prefill_step_size=32, batch_step_size=16)
+    run_stock(stock, work)
+    assert set(sizes) == {(2, 16), (2, 1)}
+    sizes.clear()
+    run_stock(stock, replace(work, prompts=work.prompts[:1]))
+    assert (1, 32) in sizes
 
 
 def test_the_smallest_prompt_runs_on_both_sides():
