@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.training_report import merge, report
+from benchmarks.training_report import RETRIEVAL, merge, report
 from flux_mlx.packaged_routers import find_routers
 from flux_mlx.weights import read_routers
 
@@ -51,6 +51,25 @@ def test_the_card_gives_the_figures_of_the_files(parts):
         choice = [f"{100 * s[name] + 0.0:.1f}" for name in ("accuracy_diff", "accuracy_diff_bound") if name in s]
         row = [task, f"{s['samples']:,}", f"{s['omega']:.3f}", ratio, *(choice or ["", ""])]
         assert [part.strip() for part in _row(card, task)] == row
+
+
+def test_the_conditions_are_judged_by_most_samples_and_seeds_by_the_same(parts):
+    most, same = merge(parts)["cells"], merge(parts, same=SEEDS)["cells"]
+    for kind, samples in zip(RETRIEVAL, (1000, 5000, 5000), strict=True):
+        cell = f"test/{kind}/8192"
+        assert most[cell]["seed0"]["samples"] == samples
+        assert {same[cell][seed]["samples"] for seed in SEEDS} == {1000}
+
+
+def test_the_text_gives_the_judged_figures_of_the_files(parts):
+    text, cells = (ROOT / "cuda_reference" / "TRAINING.md").read_text(encoding="utf-8"), merge(parts)["cells"]
+    found = [cells[f"test/{kind}/8192"]["seed0"] for kind in RETRIEVAL]
+    nll = ", ".join(f"{s['nll_ratio']:.3f}" for s in found)
+    nll += f" (bounds at most {max(s['nll_ratio_high'] for s in found):.3f})"
+    assert _row(text, "retrieval at 8,192 tokens, NLL: plain number, one fact, two facts")[1].strip() == nll
+    points = [[f"{100 * s[name] + 0.0:.1f}" for name in ("accuracy_diff", "accuracy_diff_bound")] for s in found]
+    choice = ", ".join(f"{difference} ({bound})" for difference, bound in points)
+    assert _row(text, "the same, choice among ten: points (lower bound)")[1].strip() == choice
 
 
 def _row(text: str, first: str) -> list[str]:
