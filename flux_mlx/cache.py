@@ -102,8 +102,9 @@ class CacheList(RouterState, StockCacheList):
 
     def snapshot(self) -> tuple[int, Any, list[mx.array], dict[str, Any]]:
         """What `restore` needs, to come back here after more tokens of one row."""
-        kv = copy.deepcopy(self.kv) if self.is_evicted else None  # small; other caches are cut back instead
-        return self.offset, kv, list(self.caches[1].cache), self._copied()
+        kv, state = self.caches
+        kept = copy.deepcopy(kv) if self.is_evicted else None  # small; other caches are cut back instead
+        return kv.offset, kept, list(state.cache), self._copied()
 
     def restore(self, snapshot: tuple[int, Any, list[mx.array], dict[str, Any]]) -> None:
         """Come back to `snapshot`: later tokens are dropped, the router's state and the route are those of then."""

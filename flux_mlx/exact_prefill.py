@@ -32,6 +32,7 @@ from flux_mlx.late_decisions import LateDecisions
 from flux_mlx.models import routed_layers
 from flux_mlx.one_layer import OneLayer, attention_input, embed
 from flux_mlx.routed_attention import RoutedAttention, prompt_ends
+from flux_mlx.routed_block import RoutedBlock
 from flux_mlx.spec import FluxConfig, Route
 
 DEFAULT_STEP_TOKENS = 2048
@@ -188,6 +189,9 @@ def _one_call(model: nn.Module, attns: dict[int, RoutedAttention], cache: list[A
     for entry, attn in hearing:
         x, entry.is_listening, entry.heard = entry.heard, False, None
         attn.settle(x, entry, offset)
+    for layer in model.layers if hearing else ():
+        if isinstance(layer, RoutedBlock):
+            layer.token_steps.drop_old()
     yield from range(len(cache))
 
 

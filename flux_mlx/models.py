@@ -146,7 +146,7 @@ def _mixed(mixin: type, stock: type) -> type:
 
 def routed_layers(model: nn.Module) -> dict[int, nn.Module]:
     """The routed attention modules of a model, by layer index."""
-    attns = {i: getattr(layer, "self_attn", None) for i, layer in enumerate(model.layers)}
+    attns = {i: dict.get(layer, "self_attn") for i, layer in enumerate(model.layers) if isinstance(layer, dict)}
     return {i: attn for i, attn in attns.items() if isinstance(attn, RoutedAttention)}
 
 

@@ -19,6 +19,7 @@ from flux_mlx import cuda_kernels, kernel_policy
 from flux_mlx.attention import sparse_attention
 from flux_mlx.cache import CacheList
 from flux_mlx.families import project, project_queries, rotate
+from flux_mlx.first_keys import FirstKeys
 from flux_mlx.noted_calls import RESTLESS
 from flux_mlx.router import decide, decide_by_kernel, mean_over_heads, pool_queries, route_codes
 from flux_mlx.router_training import Samples, attend_training
@@ -50,7 +51,7 @@ class RoutedAttention:
         if isinstance(cache, CacheList):
             if cache.is_listening:  # a dense call, whose route is seen to when the device has its work
                 cache.heard = x
-                return super().__call__(x, mask, cache.caches[0])
+                return super().__call__(x, mask, FirstKeys.of(cache.caches[0]))
             if cache.calm is self.forced:
                 rows, tokens, _ = x.shape
                 if rows == 1 and tokens < self.flux.router.min_prefill_tokens:
@@ -66,7 +67,7 @@ class RoutedAttention:
         cache.widen(x.shape[0])
         self.route(x, cache)
         if self.is_dense(cache, x.shape[1]):  # needs no route yet
-            return super().__call__(x, mask, cache.kv)
+            return super().__call__(x, mask, FirstKeys.of(cache.kv))
         if (out := self.attend_undecided(x, cache)) is not None:
             return out
         if Route.SPARSE not in cache.routes:

@@ -33,15 +33,18 @@ class RoutedBlock:
     hands_over = False
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        if type(cache) is CacheList:
-            if mask is None and self.is_plain_token(x, cache):
-                step = self.token_step(x, cache)
-                return self.decode_token(step, x, cache) if step.is_traced else super().__call__(x, mask, cache)
-            cache.token_step = None
-        self.token_steps.drop_old()
+        if type(cache) is not CacheList:
+            self.token_steps.drop_old()
+            return super().__call__(x, mask, cache)
+        if mask is None and self.is_plain_token(x, cache):
+            step = self.token_step(x, cache)
+            return self.decode_token(step, x, cache) if step.is_traced else super().__call__(x, mask, cache)
+        cache.token_step = None
         out = super().__call__(x, mask, cache)
-        if self.hands_over and type(cache) is CacheList and x.size >= EARLY_TOKENS * x.shape[-1]:
+        if self.hands_over and x.size >= EARLY_TOKENS * x.shape[-1]:
             self.hand_over(out, cache)
+        if not cache.is_listening:  # exact prefill does it when the device has its work
+            self.token_steps.drop_old()
         return out
 
     def hand_over(self, out: Any, cache: CacheList) -> None:

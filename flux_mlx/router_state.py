@@ -49,9 +49,9 @@ class RouterState(NotedCalls):
 
     def is_alone(self) -> bool:
         """Whether there is one row and no padding, so that calls can be noted."""
-        arrays = self.caches[1]
+        kv, arrays = self.caches
         is_plain = arrays.lengths is None and arrays.left_padding is None
-        return is_plain and isinstance(self.offset, int) and arrays.cache[0].shape[0] == 1
+        return is_plain and isinstance(kv.offset, int) and arrays.cache[0].shape[0] == 1
 
     def pending(self) -> list[Any]:
         """All that is not computed yet of what was pooled, decided and noted; of noted calls what the router reads."""
