@@ -11,6 +11,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
+from flux_mlx.token_buffers import span
+
 
 class FirstKeys:
     """Stands in for an empty stock KV cache in one call of a stock attention module; else use `of`'s cache as it is.
@@ -19,10 +21,10 @@ class FirstKeys:
         kv: The cache: it comes to hold what stock's `update_and_fetch` would have it hold.
     """
 
-    __slots__ = ("kv",)
+    __slots__ = ("kv", "offset")
 
     def __init__(self, kv: KVCache):
-        self.kv = kv
+        self.kv, self.offset = kv, kv.offset
 
     @classmethod
     def of(cls, kv: Any) -> Any:
@@ -33,13 +35,16 @@ class FirstKeys:
         return getattr(self.kv, name)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Hold `[B, HKV, L, D]` in buffers of whole steps, zeros behind them; returns what came."""
+        """Hold `[B, HKV, L, D]` in buffers of whole steps, zeros behind them; returns what holds the same.
+
+        The keys are those of the buffer, as stock's: where a family does not rotate them they come in another order of
+        memory, and products over that round otherwise.
+        """
         kv, tokens = self.kv, keys.shape[2]
-        missing = -tokens % kv.step
-        kv.keys, kv.values, kv.offset = _padded(keys, missing), _padded(values, missing), tokens
-        return keys, values
-
-
-def _padded(x: mx.array, tokens: int) -> mx.array:
-    """`x` and zeros for so many more tokens, in memory of its own, in its own order."""
-    return mx.pad(x, ((0, 0), (0, 0), (0, tokens), (0, 0))) if tokens else mx.contiguous(x)
+        if missing := -tokens % kv.step:
+            widths = ((0, 0), (0, 0), (0, missing), (0, 0))
+            kv.keys, kv.values = mx.pad(keys, widths), mx.pad(values, widths)
+        else:
+            kv.keys, kv.values = mx.contiguous(keys), mx.contiguous(values)
+        kv.offset = self.offset = tokens
+        return kv.keys[span(0, tokens)] if missing else kv.keys, values
