@@ -2,7 +2,9 @@
 
 python -m benchmarks.mlx_router_cost --lengths 8K --num-trials 15 --json FILE
 
-Routers run twice: as they are used, which is by kernels where the device has them, and by MLX operations.
+Routers run twice: as they are used, which is by kernels where the device has them, and by MLX operations. Two more
+kinds take the cost apart: routes that the device knows without a router ("routes at hand": what attention by our
+kernels costs or saves against the forced routes'), and forced routes beside routers that nobody asks ("routers aside").
 """
 
 from __future__ import annotations
@@ -10,20 +12,51 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import patch
 
+import mlx.core as mx
 import mlx.nn as nn
 
-from benchmarks.mlx_common import flux_model, force_routes, parse, parser, prompts, save, timed
-from flux_mlx import kernel_policy
+from benchmarks.mlx_common import flux_model, force_routes, full_layers, parse, parser, prompts, save, timed
+from flux_mlx import exact_prefill, kernel_policy
 from flux_mlx.benchmark_compare import median_ratio
 from flux_mlx.benchmark_parts import AttentionShape
 from flux_mlx.benchmark_runs import Run, Work, run_flux
+from flux_mlx.cache import CacheList
+from flux_mlx.cuda_kernels import device_array
+from flux_mlx.models import routed_layers
+from flux_mlx.one_layer import attention_input
+from flux_mlx.routed_attention import prompt_ends
+from flux_mlx.spec import Route
 
-USED, OPERATIONS, FORCED = "as used", "operations", "forced"
+USED, OPERATIONS, FORCED, AT_HAND, ASIDE = "as used", "operations", "forced", "routes at hand", "routers aside"
+KEYS = {USED: "", OPERATIONS: "_of_operations", AT_HAND: "_of_attention", ASIDE: "_of_routers_aside"}
 
 
 def kinds(args: Any, model: nn.Module) -> dict[str, Callable[[Work], Run]]:
-    """The three kinds of run, of the same routes."""
+    """The kinds of run, of the same routes."""
+    route_layer = exact_prefill._route_layer
+    full = {id(attn) for i, attn in routed_layers(model).items() if i in full_layers(args, model)}
+    codes = {route: device_array(((int(route), 0),))[0, :1] for route in (Route.SPARSE, Route.FULL)}
+    mx.eval(codes)
+
+    def at_hand(layer: nn.Module, entry: CacheList, _: list[mx.array]) -> None:
+        entry.decide(codes[Route.FULL if id(layer.self_attn) in full else Route.SPARSE], [True])
+
+    def aside(layer: nn.Module, entry: CacheList, chunks: list[mx.array]) -> None:
+        attn, scratch = layer.self_attn, layer.self_attn.new_cache()
+        ends = attention_input(layer, prompt_ends(chunks, attn.flux.router.pool_tokens))
+        attn.feed(ends, sum(chunk.shape[1] for chunk in chunks), scratch)
+        attn.decide(scratch, [True])
+        mx.async_eval(scratch.undecided())
+        route_layer(layer, entry, chunks)
+
+    def instead(replacement: Callable[..., None], run: Callable[[Work], Run]) -> Callable[[Work], Run]:
+        def patched(work: Work) -> Run:
+            with patch.object(exact_prefill, "_route_layer", replacement):
+                return run(work)
+
+        return patched
 
     def routed(work: Work) -> Run:
         force_routes(args, model, forced=False)
@@ -37,7 +70,13 @@ def kinds(args: Any, model: nn.Module) -> dict[str, Callable[[Work], Run]]:
         force_routes(args, model, forced=True)
         return run_flux(model, work)
 
-    return {USED: routed, OPERATIONS: by_operations, FORCED: forced}
+    return {
+        USED: routed,
+        OPERATIONS: by_operations,
+        FORCED: forced,
+        AT_HAND: instead(at_hand, routed),
+        ASIDE: instead(aside, forced),
+    }
 
 
 def has_kernels(model: nn.Module) -> bool:
@@ -55,7 +94,7 @@ def row(args: Any, model: nn.Module, tokens: int) -> dict[str, Any]:
     found = timed(kinds(args, model), work, args.num_trials)
     times = {name: run["all_prefill_s"] for name, run in found.items()}
     result: dict[str, Any] = {"tokens": tokens, "has_kernels": has_kernels(model)}
-    for name, key in ((USED, ""), (OPERATIONS, "_of_operations")):
+    for name, key in KEYS.items():
         pairs = zip(times[name], times[FORCED], strict=True)
         result[f"router_s{key}"] = statistics.median(mine - its for mine, its in pairs)
         result[f"share{key}"] = median_ratio(times[name], times[FORCED]) - 1

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from flux_mlx.benchmark_compare import Bench, compare
-from flux_mlx.benchmark_crossover import find_crossover
+from flux_mlx.benchmark_crossover import crossover_of, find_crossover
 from flux_mlx.benchmark_models import BITS, SHAPES, default_dtype, parameter_bytes, random_model, stock_view
 from flux_mlx.benchmark_report import (
     check_plot,
@@ -216,7 +216,8 @@ def measure(args: argparse.Namespace, bench: Bench, lengths: Sequence[int], reco
 
     def row(tokens: int) -> dict[str, Any]:
         done.append(compare(bench, tokens))
-        write_json(args.json, {**record, "complete": False, "rows": done})
+        so_far = {"crossover": crossover_of(done)} if args.crossover else {}
+        write_json(args.json, {**record, "complete": False, "rows": done, **so_far})
         return done[-1]
 
     if args.crossover:

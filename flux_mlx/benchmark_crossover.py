@@ -51,10 +51,14 @@ def find_crossover(measure: Callable[[int], dict[str, Any]], shortest: int, long
         if low is None or high is None or high - low <= max(1, RESOLUTION * high):
             break
         rows[(low + high) // 2] = measure((low + high) // 2)
-    return {
-        "rows": [rows[tokens] for tokens in sorted(rows)],
-        "crossover": {phase: _phase(_speedups(rows, phase)) for phase in ("prefill", "decode")},
-    }
+    ordered = [rows[tokens] for tokens in sorted(rows)]
+    return {"rows": ordered, "crossover": crossover_of(ordered)}
+
+
+def crossover_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """For prefill and decode what `find_crossover` says of rows of `compare`, also of those of a search cut short."""
+    by_tokens = {row["prompt_tokens"]: row for row in rows}
+    return {phase: _phase(_speedups(by_tokens, phase)) for phase in ("prefill", "decode")}
 
 
 def _speedups(rows: dict[int, dict[str, Any]], phase: str) -> dict[int, float]:

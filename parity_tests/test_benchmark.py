@@ -141,7 +141,8 @@ def test_lengths_are_read_with_units():
     assert [benchmark.length(text) for text in ("512", "32K", "256k", "1M")] == [512, 32768, 262144, 1 << 20]
 
 
-def test_both_sides_generate_and_a_cut_run_leaves_what_it_had(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("search", [(), ("--crossover",)])
+def test_both_sides_generate_and_a_cut_run_leaves_what_it_had(tmp_path, monkeypatch, capsys, search):
     path = tmp_path / "record.json"
     compare = benchmark.compare
 
@@ -152,9 +153,10 @@ def test_both_sides_generate_and_a_cut_run_leaves_what_it_had(tmp_path, monkeypa
 
     monkeypatch.setattr(benchmark, "compare", cut)
     with pytest.raises(KeyboardInterrupt):
-        run("--lengths", "64", "90", "--json", str(path))
+        run("--lengths", "64", "90", "--json", str(path), *search)
     record = json.loads(path.read_text())
     assert not record["complete"]
+    assert ("crossover" in record) == bool(search)
     assert [row["prompt_tokens"] for row in record["rows"]] == [64]
 
 
