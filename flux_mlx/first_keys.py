@@ -1,17 +1,18 @@
-"""The first call over an empty KV cache: attention takes its keys and values as they come, the cache gets a copy.
+"""The first call over an empty KV cache: it is filled by padding the call's keys and values.
 
-Stock's cache writes them into a buffer of zeros and has attention read slices of that: a few small operations more in
-every layer, and a short prompt takes as long as the host needs to hand its operations over.
+Stock's cache writes them into a buffer of zeros, in more and slower steps of Python, in every layer; and a short prompt
+takes as long as the host needs to hand its operations over.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from flux_mlx.token_buffers import span
+from flux_mlx.token_buffers import keys_in_use
 
 
 class FirstKeys:
@@ -35,16 +36,26 @@ class FirstKeys:
         return getattr(self.kv, name)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Hold `[B, HKV, L, D]` in buffers of whole steps, zeros behind them; returns what holds the same.
+        """Hold `[B, HKV, L, D]` in buffers of whole steps, zeros behind them; returns what of these is in use.
 
-        The keys are those of the buffer, as stock's: where a family does not rotate them they come in another order of
-        memory, and products over that round otherwise.
+        Values as given would do for attention, but then nothing needs the buffer of values: in every layer it waits
+        until it is evaluated by itself, holds all that the projection made, and only this thread can compute it.
         """
         kv, tokens = self.kv, keys.shape[2]
         if missing := -tokens % kv.step:
-            widths = ((0, 0), (0, 0), (0, missing), (0, 0))
-            kv.keys, kv.values = mx.pad(keys, widths), mx.pad(values, widths)
+            kv.keys, kv.values = _padded(keys, missing), _padded(values, missing)
         else:
             kv.keys, kv.values = mx.contiguous(keys), mx.contiguous(values)
         kv.offset = self.offset = tokens
-        return kv.keys[span(0, tokens)] if missing else kv.keys, values
+        return keys_in_use(kv)
+
+
+def _padded(x: mx.array, tokens: int) -> mx.array:
+    """`x` `[B, HKV, L, D]` with so many tokens of zeros behind it."""
+    return mx.pad(x, ((0, 0), (0, 0), (0, tokens), (0, 0)), constant_values=_zero(x.dtype))
+
+
+@lru_cache
+def _zero(dtype: mx.Dtype) -> mx.array:
+    """Zero, made once: MLX would make an array of its own for every buffer."""
+    return mx.array(0, dtype)

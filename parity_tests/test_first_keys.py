@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+from concurrent.futures import ThreadPoolExecutor
+
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
@@ -62,3 +65,34 @@ def test_short_prompts_leave_stocks_keys_bit_for_bit():
     for entry, stock in zip(cache, wanted, strict=True):
         assert mx.array_equal(entry.kv.keys, stock.keys)
         assert mx.array_equal(entry.kv.values, stock.values)
+
+
+@pytest.mark.parametrize("tokens", [1, 256, 300])
+def test_attention_leaves_nothing_to_compute_in_the_cache(tokens):
+    """What waits holds on to all that the projections made, in every layer."""
+    x, cache = mx.random.normal((1, tokens, 2, 8)), KVCache()
+    mx.eval(FirstKeys.of(cache).update_and_fetch(x.swapaxes(1, 2), 2 * x.swapaxes(1, 2)))
+    graph = io.StringIO()
+    mx.export_to_dot(graph, cache.keys, cache.values)
+    assert "rectangle" not in graph.getvalue()
+
+
+def test_another_thread_may_decode_once_the_first_call_is_computed():
+    """MLX computes work that a thread left undone in that thread only."""
+    flux, wanted = flux_model("qwen3"), flux_model("qwen3")
+    mx.eval(flux.parameters(), wanted.parameters())
+    cache, calls = flux.make_cache(), [mx.array([prompt(20)]), mx.array([[3]])]
+
+    def call(ids: mx.array) -> mx.array:
+        with mx.stream(mx.new_stream(mx.default_device())):
+            out = flux(ids, cache=cache)
+            mx.eval(out)
+            return out
+
+    for ids in calls:
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(call, ids).result()
+    expected = wanted.make_cache()
+    for ids in calls:
+        out = wanted(ids, cache=expected)
+    assert mx.allclose(found, out, atol=1e-5)
