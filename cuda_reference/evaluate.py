@@ -58,7 +58,7 @@ class Evaluation:
         other_samples: Of every other cell.
         form_samples: By which the number of keys is chosen; equal ones choose alike, whatever the samples of the cell.
         workers: Processes that make samples.
-        keep_scores: Keep routes and logit gaps of every sample in the results.
+        keep_scores: Keep what every sample's answer came to in the results, and routes and logit gaps of routers.
         with_base: Score the model with every layer full; without it contenders are compared with themselves.
     """
 
@@ -109,6 +109,9 @@ class Evaluation:
             found = summary(samples, scores, self.base.get(name, scores), contender.config.pattern)
             if routed:
                 self._add_routes(name, contender, scores, found)
+            if self.keep_scores:  # for paired differences between contenders
+                answers = {"nll": [s.nll for s in scores], "chosen": [s.chosen for s in scores]}
+                self.results.setdefault("answers", {}).setdefault(name, {})[contender.name] = answers
             self.results["cells"][name][contender.name] = found
 
     def _add_routes(self, cell: str, contender: Contender, scores: list[Score], found: dict[str, Any]) -> None:
@@ -205,7 +208,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=0, help="processes that read text and make samples")
     parser.add_argument("--text-cache", type=Path, help="file of encoded text: read if it exists, else written")
     parser.add_argument("--no-base", action="store_true", help="leave out the model with every layer full")
-    parser.add_argument("--keep-scores", action="store_true", help="keep every sample's routes and logit gaps")
+    parser.add_argument("--keep-scores", action="store_true", help="keep every sample's NLL, choice, routes and gaps")
     return parser
 
 
