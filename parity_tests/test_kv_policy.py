@@ -262,10 +262,10 @@ def test_the_servers_prompt_cache_begins_anew_where_keys_are_gone():
 
 
 def test_the_script_behind_the_figures_sees_flat_memory():
-    tokens = (2048, 8192)
+    tokens = (8192, 32768)  # at 2,048 less is under way than later, now more, now less
     found = long_context_memory.main(["--tokens", *map(str, tokens), "--generated-tokens", "300", "--layers", "2"])
     short, long = found["runs"]
     assert long["after_prefill_bytes"] <= 1.1 * short["after_prefill_bytes"]
     assert long["after_answer_bytes"] <= 1.1 * short["after_answer_bytes"]
     grown = long["hidden_states_bytes"] - short["hidden_states_bytes"]
-    assert long["prefill_peak_bytes"] <= short["prefill_peak_bytes"] + 3 * grown
+    assert long["prefill_peak_bytes"] <= short["prefill_peak_bytes"] + 1.5 * grown  # 1.0; all keys kept: 2.0
