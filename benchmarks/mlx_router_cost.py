@@ -25,8 +25,6 @@ from flux_mlx.benchmark_runs import Run, Work, run_flux
 from flux_mlx.cache import CacheList
 from flux_mlx.cuda_kernels import device_array
 from flux_mlx.models import routed_layers
-from flux_mlx.one_layer import attention_input
-from flux_mlx.routed_attention import prompt_ends
 from flux_mlx.spec import Route
 
 USED, OPERATIONS, FORCED, AT_HAND, ASIDE = "as used", "operations", "forced", "routes at hand", "routers aside"
@@ -44,10 +42,8 @@ def kinds(args: Any, model: nn.Module) -> dict[str, Callable[[Work], Run]]:
         entry.decide(codes[Route.FULL if id(layer.self_attn) in full else Route.SPARSE], [True])
 
     def aside(layer: nn.Module, entry: CacheList, chunks: list[mx.array]) -> None:
-        attn, scratch = layer.self_attn, layer.self_attn.new_cache()
-        ends = attention_input(layer, prompt_ends(chunks, attn.flux.router.pool_tokens))
-        attn.feed(ends, sum(chunk.shape[1] for chunk in chunks), scratch)
-        attn.decide(scratch, [True])
+        scratch = layer.self_attn.new_cache()
+        exact_prefill.decide_layer(layer, scratch, chunks)
         mx.async_eval(scratch.undecided())
         route_layer(layer, entry, chunks)
 

@@ -58,7 +58,7 @@ class Evaluation:
         other_samples: Of every other cell.
         form_samples: By which the number of keys is chosen; equal ones choose alike, whatever the samples of the cell.
         workers: Processes that make samples.
-        keep_scores: Keep what every sample's answer came to in the results, and routes and logit gaps of routers.
+        keep_scores: Keep NLL, choice, routes and routers' logit gaps of every sample in the results.
         with_base: Score the model with every layer full; without it contenders are compared with themselves.
     """
 
@@ -109,9 +109,9 @@ class Evaluation:
             found = summary(samples, scores, self.base.get(name, scores), contender.config.pattern)
             if routed:
                 self._add_routes(name, contender, scores, found)
-            if self.keep_scores:  # for paired differences between contenders
-                answers = {"nll": [s.nll for s in scores], "chosen": [s.chosen for s in scores]}
-                self.results.setdefault("answers", {}).setdefault(name, {})[contender.name] = answers
+            if self.keep_scores:
+                kept = [{"nll": s.nll, "chosen": s.chosen, "full": s.full, "gaps": s.gaps} for s in scores]
+                self.results.setdefault("scores", {}).setdefault(name, {})[contender.name] = kept
             self.results["cells"][name][contender.name] = found
 
     def _add_routes(self, cell: str, contender: Contender, scores: list[Score], found: dict[str, Any]) -> None:
@@ -121,9 +121,6 @@ class Evaluation:
             self.exact[cell, contender.name] = scores
         elif (cell, exact_name) in self.exact:
             found["routes_as_exact"] = equal_routes(scores, self.exact[cell, exact_name])
-        if self.keep_scores:
-            kept = [{"nll": s.nll, "chosen": s.chosen, "full": s.full, "gaps": s.gaps} for s in scores]
-            self.results.setdefault("scores", {}).setdefault(cell, {})[contender.name] = kept
 
     def generate(self, contender: Contender, count: int) -> None:
         """Greedy generation of the first samples of the cells with a needle: exact matches, beside teacher forcing."""

@@ -40,8 +40,16 @@ CPU_LENGTHS_TOKENS = (512, 1024, 2048)
 SHAPE_OMEGA = 0.7
 _UNITS = {"K": 1 << 10, "M": 1 << 20}
 
-SETTINGS = ("omega", "route", "kv_policy", "generation_tokens", "num_trials", "memory_share")
-SETTINGS += ("prefill_step_size", "batch_step_size")
+SETTINGS = (
+    "omega",
+    "route",
+    "kv_policy",
+    "generation_tokens",
+    "num_trials",
+    "memory_share",
+    "prefill_step_size",
+    "batch_step_size",
+)
 
 
 def length(text: str) -> int:

@@ -42,12 +42,17 @@ CHUNKS_AHEAD = (
 
 
 def _route_layer(layer: nn.Module, entry: CacheList, chunks: list[mx.array]) -> None:
-    """Have the layer's route decided from both ends of the prompt, unless it is forced."""
+    """Have the layer's route decided, unless it is forced."""
+    if layer.self_attn.forced is None:
+        decide_layer(layer, entry, chunks)
+
+
+def decide_layer(layer: nn.Module, entry: CacheList, chunks: list[mx.array]) -> None:
+    """Have the layer's router decide for `entry` from both ends of the prompt, hidden states `[1, ., hidden]`."""
     attn: Any = layer.self_attn
-    if attn.forced is None:
-        ends = attention_input(layer, prompt_ends(chunks, attn.flux.router.pool_tokens))
-        attn.feed(ends, sum(chunk.shape[1] for chunk in chunks), entry)
-        attn.decide(entry, [True])
+    ends = attention_input(layer, prompt_ends(chunks, attn.flux.router.pool_tokens))
+    attn.feed(ends, sum(chunk.shape[1] for chunk in chunks), entry)
+    attn.decide(entry, [True])
 
 
 def _settings(attns: Iterable[RoutedAttention]) -> list[FluxConfig]:

@@ -287,10 +287,10 @@ def test_the_command_writes_every_cell(tmp_path, monkeypatch):
     assert set(results["forms"]["test/multi-keys/1700"]) <= {"keys", "keys4", "keys3", "keys2"}
     assert results["generation"]["test/single/1700"]["mine"]["as_teacher_forced"] == 1.0
     assert len(results["scores"]["test/icl/1700"]["mine"][0]["gaps"]) == 2
-    answers = results["answers"]["test/single/1700"]
-    assert set(answers) == {"first:1", "mine", "mine@512"}
-    assert answers["first:1"]["nll"] == [cells["test/single/1700"]["first:1"]["nll"]]
-    assert [c == 0 for c in answers["mine"]["chosen"]] == [cells["test/single/1700"]["mine"]["accuracy"] == 1.0]
+    kept = results["scores"]["test/single/1700"]
+    assert set(kept) == {"first:1", "mine", "mine@512"}
+    assert [s["nll"] for s in kept["first:1"]] == [cells["test/single/1700"]["first:1"]["nll"]]
+    assert [s["chosen"] == 0 for s in kept["mine"]] == [cells["test/single/1700"]["mine"]["accuracy"] == 1.0]
     monkeypatch.setattr("cuda_reference.data_text.default_roots", dict)  # the second run reads the cache
     main([*arguments[:-5], "--text-cache", str(tmp_path / "text.npz"), "--shard", "2/5", "--no-base", *settings])
     assert json.loads(out.read_text())["cells"].keys() == {"test/icl/1700"}
