@@ -2,9 +2,10 @@
 
 python -m benchmarks.mlx_router_cost --lengths 8K --num-trials 15 --json FILE
 
-Routers run twice: as they are used, which is by kernels where the device has them, and by MLX operations. Two more
+Routers run twice: as they are used, which is by kernels where the device has them, and by MLX operations. Three more
 kinds take the cost apart: routes that the device knows without a router ("routes at hand": what attention by our
-kernels costs or saves against the forced routes'), and forced routes beside routers that nobody asks ("routers aside").
+kernels costs or saves against the forced routes'), routers that share no projection with attention ("apart"), and
+forced routes beside such routers, which nobody asks ("routers aside").
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from flux_mlx.cuda_kernels import device_array
 from flux_mlx.models import routed_layers
 from flux_mlx.spec import Route
 
-USED, OPERATIONS, FORCED, AT_HAND, ASIDE = "as used", "operations", "forced", "routes at hand", "routers aside"
-KEYS = {USED: "", OPERATIONS: "_of_operations", AT_HAND: "_of_attention", ASIDE: "_of_routers_aside"}
+USED, OPERATIONS, FORCED = "as used", "operations", "forced"
+AT_HAND, APART, ASIDE = "routes at hand", "apart", "routers aside"
+KEYS = {USED: "", OPERATIONS: "_of_operations", AT_HAND: "_of_attention", APART: "_apart", ASIDE: "_of_routers_aside"}
 
 
 def kinds(args: Any, model: nn.Module) -> dict[str, Callable[[Work], Run]]:
@@ -38,14 +40,17 @@ def kinds(args: Any, model: nn.Module) -> dict[str, Callable[[Work], Run]]:
     codes = {route: device_array(((int(route), 0),))[0, :1] for route in (Route.SPARSE, Route.FULL)}
     mx.eval(codes)
 
-    def at_hand(layer: nn.Module, entry: CacheList, _: list[mx.array]) -> None:
+    def at_hand(layer: nn.Module, entry: CacheList, *_: Any) -> None:
         entry.decide(codes[Route.FULL if id(layer.self_attn) in full else Route.SPARSE], [True])
 
-    def aside(layer: nn.Module, entry: CacheList, chunks: list[mx.array]) -> None:
+    def apart(layer: nn.Module, entry: CacheList, chunks: list[mx.array], _: bool) -> None:
+        route_layer(layer, entry, chunks, shares=False)
+
+    def aside(layer: nn.Module, entry: CacheList, chunks: list[mx.array], _: bool) -> None:
         scratch = layer.self_attn.new_cache()
         exact_prefill.decide_layer(layer, scratch, chunks)
         mx.async_eval(scratch.undecided())
-        route_layer(layer, entry, chunks)
+        route_layer(layer, entry, chunks, shares=False)
 
     def instead(replacement: Callable[..., None], run: Callable[[Work], Run]) -> Callable[[Work], Run]:
         def patched(work: Work) -> Run:
@@ -71,6 +76,7 @@ def kinds(args: Any, model: nn.Module) -> dict[str, Callable[[Work], Run]]:
         OPERATIONS: by_operations,
         FORCED: forced,
         AT_HAND: instead(at_hand, routed),
+        APART: instead(apart, routed),
         ASIDE: instead(aside, forced),
     }
 

@@ -16,6 +16,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 from mlx_lm.models.cache import CacheList as StockCacheList
 
 from flux_mlx.callers import only_evaluates
+from flux_mlx.families import Projected
 from flux_mlx.noted_calls import NEVER
 from flux_mlx.router_counters import Counter
 from flux_mlx.router_state import RouterState
@@ -40,6 +41,7 @@ class CacheList(RouterState, StockCacheList):
     short_calls: Any = None  # `flux_mlx.short_calls.ShortCalls` of this cache, once there was one
     token_step: Any = None  # `flux_mlx.token_steps.StepSeen`, while tokens are decoded one by one
     drops_early = False  # in it, keys that a sparse layer sees no more may go at once
+    projected: dict[int, Projected] | None = None  # in it, by their offset, what calls to come need not project anew
 
     @classmethod
     def new(cls, head_dim: int, pool_tokens: int) -> CacheList:
@@ -136,6 +138,10 @@ class CacheList(RouterState, StockCacheList):
         quantized = type(self)(self.kv.to_quantized(group_size=group_size, bits=bits), self.caches[1])
         quantized.pinned = self.pinned
         return quantized
+
+    def take_projected(self) -> Projected | None:
+        """What `families.project` gave for the call at hand, if it is known."""
+        return self.projected.pop(self.offset, None) if self.projected else None
 
     def left_padding(self) -> list[int]:
         """The rows' left padding on the host; zeros for a KV cache without padding."""

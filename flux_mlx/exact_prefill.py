@@ -27,11 +27,11 @@ from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START, maybe_quantize_kv_cache
 from mlx_lm.models.cache import KVCache
 
 from flux_mlx.cache import CacheList, tokens_held
-from flux_mlx.families import inner_model
+from flux_mlx.families import inner_model, project
 from flux_mlx.late_decisions import LateDecisions
 from flux_mlx.models import routed_layers
 from flux_mlx.one_layer import OneLayer, attention_input, embed
-from flux_mlx.routed_attention import RoutedAttention, prompt_ends
+from flux_mlx.routed_attention import RoutedAttention, chunks_of_ends, prompt_ends
 from flux_mlx.routed_block import RoutedBlock
 from flux_mlx.spec import FluxConfig, Route
 
@@ -41,17 +41,31 @@ CHUNKS_AHEAD = (
 )
 
 
-def _route_layer(layer: nn.Module, entry: CacheList, chunks: list[mx.array]) -> None:
+def _route_layer(layer: nn.Module, entry: CacheList, chunks: list[mx.array], shares: bool) -> None:
     """Have the layer's route decided, unless it is forced."""
     if layer.self_attn.forced is None:
-        decide_layer(layer, entry, chunks)
+        decide_layer(layer, entry, chunks, shares)
 
 
-def decide_layer(layer: nn.Module, entry: CacheList, chunks: list[mx.array]) -> None:
-    """Have the layer's router decide for `entry` from both ends of the prompt, hidden states `[1, ., hidden]`."""
+def decide_layer(layer: nn.Module, entry: CacheList, chunks: list[mx.array], shares: bool = False) -> None:
+    """Have the layer's router decide for `entry` from both ends of the prompt.
+
+    Args:
+        layer: The block around its attention module.
+        entry: Of the cache.
+        chunks: The prompt's hidden states, `[1, ., hidden]`.
+        shares: Whether the router takes its queries from the projections of whole chunks, which `entry` keeps for
+            attention. Else it makes its own, of few tokens.
+    """
     attn: Any = layer.self_attn
-    ends = attention_input(layer, prompt_ends(chunks, attn.flux.router.pool_tokens))
-    attn.feed(ends, sum(chunk.shape[1] for chunk in chunks), entry)
+    sizes, P = [chunk.shape[1] for chunk in chunks], attn.flux.router.pool_tokens
+    if shares:
+        starts = list(itertools.accumulate(sizes, initial=entry.offset))
+        parts = {i: project(attn, attention_input(layer, chunks[i])) for i in chunks_of_ends(sizes, P)}
+        entry.projected = {starts[i]: its for i, its in parts.items()}
+        attn.feed_queries([q for q, _, _ in parts.values()], sum(sizes), entry)
+    else:
+        attn.feed(attention_input(layer, prompt_ends(chunks, P)), sum(sizes), entry)
     attn.decide(entry, [True])
 
 
@@ -271,9 +285,10 @@ def _prefill_layer(
         entry.wake()
         entry.pinned, entry.drops_early = entry.offset + left + 1, evicts and attn.flux.pattern.name == "streaming"
         entry.stays_undecided = late.may_wait and not attn.evicts
-        _route_layer(layer, entry, hidden)
     needs_route = routed and not attn.is_dense(entry, left)
     follows = needs_route and entry.stays_undecided and bool(late.entries)  # it will go as the layers before it went
+    if routed:
+        _route_layer(layer, entry, hidden, follows and not is_last)
     try:
         for i, chunk in enumerate(chunks):
             if i == int(evicts):  # the first chunk does not know yet whether all keys will be kept
@@ -297,4 +312,4 @@ def _prefill_layer(
     finally:
         _unreserve(entry)
         if routed:
-            entry.pinned, entry.drops_early, entry.stays_undecided = None, False, False
+            entry.pinned, entry.drops_early, entry.stays_undecided, entry.projected = None, False, False, None

@@ -20,6 +20,8 @@ ATTENTION_MODULES = (
 )
 """Modules of `mlx_lm.models` whose attention fits the seam. Other model types use them too: smollm3 is llama's."""
 
+Projected = tuple[mx.array, mx.array, mx.array]  # queries, keys and values
+
 
 def family(attn: nn.Module) -> str:
     """The mlx-lm module that an attention module comes from."""
@@ -31,7 +33,7 @@ def is_routable(attn: Any, entry: object) -> bool:
     return type(entry) is KVCache and isinstance(attn, nn.Module) and family(attn) in ATTENTION_MODULES
 
 
-def project(attn: nn.Module, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+def project(attn: nn.Module, x: mx.array) -> Projected:
     """Queries, keys and values before RoPE, `[B, L, H, D]` each, of the attention input `[B, L, hidden]`."""
     q, k, v = _project(attn, x)
     B, L, _ = x.shape
@@ -40,7 +42,7 @@ def project(attn: nn.Module, x: mx.array) -> tuple[mx.array, mx.array, mx.array]
     return q, k, v.reshape(B, L, attn.n_kv_heads, -1)
 
 
-def project_token(attn: nn.Module, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+def project_token(attn: nn.Module, x: mx.array) -> Projected:
     """The same of one token, `[1, 1, hidden]` to `[1, H, 1, D]`: nothing is to be transposed then."""
     if any(norm.weight.ndim > 1 for norm in (attn.get("q_norm"), attn.get("k_norm")) if norm is not None):
         return tuple(part.swapaxes(1, 2) for part in project(attn, x))  # weights [H, D]
@@ -50,7 +52,7 @@ def project_token(attn: nn.Module, x: mx.array) -> tuple[mx.array, mx.array, mx.
     return q, k, v.reshape(1, attn.n_kv_heads, 1, -1)
 
 
-def _project(attn: nn.Module, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+def _project(attn: nn.Module, x: mx.array) -> Projected:
     """`[B, L, hidden]` to queries, keys and values `[B, L, H*D]`."""
     if "qkv_proj" not in attn:
         return attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)

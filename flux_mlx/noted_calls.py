@@ -77,14 +77,19 @@ class NotedCalls:
         self.trim_at = NEVER
         return [call.trim() for call in self.noted]
 
-    def catch_up(self) -> None:
-        """Look at the noted calls."""
+    def catch_up(self, queries: mx.array | None = None) -> None:
+        """Look at the noted calls.
+
+        Args:
+            queries: Those of the newest of them, which is under way: `[1, L, HQ, D]` before RoPE.
+        """
         noted, self.noted, self.trim_at = self.noted, (), NEVER
         for call in noted:
             if call.layer is None:
                 self.skip([call.tokens])
             else:
-                call.layer.take_in(self, call.x, call.tokens, call.offset)
+                known = queries if call is noted[-1] else None
+                call.layer.take_in(self, call.x, call.tokens, call.offset, known)
 
     def drop_noted(self) -> None:
         """Forget the noted calls: what they came to is gone, or known from elsewhere."""

@@ -18,7 +18,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 from flux_mlx import cuda_kernels, kernel_policy
 from flux_mlx.attention import sparse_attention
 from flux_mlx.cache import CacheList
-from flux_mlx.families import project, project_queries, rotate
+from flux_mlx.families import Projected, project, project_queries, rotate
 from flux_mlx.first_keys import FirstKeys
 from flux_mlx.noted_calls import RESTLESS
 from flux_mlx.router import decide, decide_by_kernel, mean_over_heads, pool_queries, route_codes
@@ -67,6 +67,8 @@ class RoutedAttention:
         cache.widen(x.shape[0])
         self.route(x, cache)
         if self.is_dense(cache, x.shape[1]):  # needs no route yet
+            if (parts := cache.take_projected()) is not None:
+                return self.attend_dense(parts, mask, cache)
             return super().__call__(x, mask, FirstKeys.of(cache.kv))
         if (out := self.attend_undecided(x, cache)) is not None:
             return out
@@ -122,9 +124,15 @@ class RoutedAttention:
         is_settled = alone and cache.pinned is None and takes_notes
         cache.calm = self.forced if is_settled else RESTLESS
 
-    def take_in(self, cache: CacheList, x: mx.array, tokens: int, offset: int) -> None:
-        """Pool and decide a call that `cache` noted: `x` is its input or the `router_input` of it."""
-        self.feed(self.router_input(x), tokens, cache, offset=offset)
+    def take_in(self, cache: CacheList, x: mx.array, tokens: int, offset: int, queries: mx.array | None = None) -> None:
+        """Pool and decide a call that `cache` noted: `x` is its input or the `router_input` of it.
+
+        `queries` `[1, tokens, HQ, D]` are those of the whole call before RoPE, where attention has them.
+        """
+        if queries is None:
+            self.feed(self.router_input(x), tokens, cache, offset=offset)
+        else:
+            self.feed_queries([queries], tokens, cache, offset)
         self.decide(cache, [True])
 
     def router_input(self, x: mx.array) -> mx.array:
@@ -147,6 +155,15 @@ class RoutedAttention:
         rows, P = self.query_rows(ends), self.flux.router.pool_tokens
         cache.feed(row, rows[:P], rows[-P:], tokens, offset)
         cache.inputs = ends
+
+    def feed_queries(self, queries: list[mx.array], tokens: int, cache: CacheList, offset: int | None = None) -> None:
+        """The same of one row by queries before RoPE, `[1, ., HQ, D]` in chunks, which hold both ends at least."""
+        P = self.flux.router.pool_tokens
+        head, tail = (
+            [self.over_ranks(mean_over_heads(part.squeeze(0))) for part in parts]
+            for parts in (_head(queries, P), _tail(queries, P))
+        )
+        cache.feed(0, _joined(head, 0), _joined(tail, 0), tokens, offset)
 
     def decide(self, cache: CacheList, fed: list[bool]) -> None:
         """Let the router decide the rows that were fed. The decision stays on the device until it is needed."""
@@ -179,10 +196,22 @@ class RoutedAttention:
         groups = row_groups([route == Route.SPARSE for route in cache.routes], cache.left_padding())
         return self.attend_rows(q, k, v, mask, list(groups), cache)
 
-    def project_at(self, x: mx.array, offset: Any) -> tuple[mx.array, mx.array, mx.array]:
+    def project_at(self, x: mx.array, offset: Any) -> Projected:
         """Queries, keys and values `[B, H, L, D]` of `[B, L, hidden]`, rotated for tokens from `offset` on."""
-        q, k, v = (part.swapaxes(1, 2) for part in project(self, x))
+        return self.rotated(project(self, x), offset)
+
+    def rotated(self, parts: Projected, offset: Any) -> Projected:
+        """What `families.project` gives, `[B, L, H, D]`, as attention takes it: `[B, H, L, D]`, after RoPE."""
+        q, k, v = (part.swapaxes(1, 2) for part in parts)
         return rotate(self, q, offset), rotate(self, k, offset), v
+
+    def attend_dense(self, parts: Projected, mask: Any, cache: CacheList) -> mx.array:
+        """Full attention, as the stock module computes it, of a call whose projections there are."""
+        kv = FirstKeys.of(cache.kv)
+        q, k, v = self.rotated(parts, kv.offset)
+        k, v = kv.update_and_fetch(k, v)
+        out = scaled_dot_product_attention(q, k, v, cache=kv, scale=self.scale, mask=mask)
+        return self.o_proj(out.swapaxes(1, 2).reshape(out.shape[0], out.shape[2], -1))
 
     def attend_undecided(self, x: mx.array, cache: CacheList) -> mx.array | None:
         """Attention of a prompt's call by a route that only the device knows, `[1, L, hidden]`.
@@ -192,13 +221,16 @@ class RoutedAttention:
         kv, pattern, tokens = cache.kv, self.flux.pattern, x.shape[1]
         if not cuda_kernels.is_available() or type(kv) is not KVCache or not self.may_stay_undecided(tokens, cache):
             return None
-        cache.catch_up()
+        if not cache.noted and cache.undecided() is None:
+            return None
+        parts = cache.take_projected() or project(self, x)
+        shapes, all_tokens = (part.swapaxes(1, 2) for part in parts), cache.pinned or kv.offset + tokens
+        if kernel_policy.choose_undecided(*shapes, pattern, cache.pinned, all_tokens) == "ops":
+            return None
+        cache.catch_up(parts[0])
         if cache.undecided() is None:
             return None
-        q, k, v = self.project_at(x, kv.offset)
-        all_tokens = cache.pinned or kv.offset + tokens
-        if kernel_policy.choose_undecided(q, k, v, pattern, cache.pinned, all_tokens) == "ops":
-            return None
+        q, k, v = self.rotated(parts, kv.offset)
         kv.update_and_fetch(k, v)
         sizes = {"prompt_tokens": cache.pinned, "scale": self.scale, "kv_tokens": kv.offset}
         out, _ = cuda_kernels.routed_attention(q, kv.keys, kv.values, cache.lend(), pattern, **sizes)
@@ -307,14 +339,37 @@ def row_groups(sparse: list[bool], left_padding: list[int]) -> Iterator[RowGroup
 def prompt_ends(chunks: list[mx.array], pool_tokens: int) -> mx.array:
     """What the router pools of a prompt in chunks `[1, ., hidden]`: its first and last `pool_tokens` rows, or all."""
     if sum(chunk.shape[1] for chunk in chunks) <= 2 * pool_tokens:
-        return chunks[0] if len(chunks) == 1 else mx.concatenate(chunks, axis=1)
-    head, head_tokens, tail, tail_tokens = [], pool_tokens, [], pool_tokens  # tokens that are missing
+        return _joined(chunks, 1)
+    return _joined(_head(chunks, pool_tokens) + _tail(chunks, pool_tokens), 1)
+
+
+def chunks_of_ends(sizes: list[int], pool_tokens: int) -> list[int]:
+    """Which chunks of so many tokens hold the first and the last `pool_tokens` tokens of a prompt."""
+    stops = list(itertools.accumulate(sizes))
+    starts = [0, *stops[:-1]]
+    tail = stops[-1] - pool_tokens
+    return [i for i, (start, stop) in enumerate(zip(starts, stops, strict=True)) if start < pool_tokens or stop > tail]
+
+
+def _head(chunks: list[mx.array], tokens: int) -> list[mx.array]:
+    """The first `tokens` of chunks `[1, ., ...]`, or all, in pieces."""
+    pieces = []
     for chunk in chunks:
-        if head_tokens > 0:
-            head.append(chunk[:, :head_tokens])
-            head_tokens -= chunk.shape[1]
+        if tokens > 0:
+            pieces.append(chunk[:, :tokens])
+            tokens -= chunk.shape[1]
+    return pieces
+
+
+def _tail(chunks: list[mx.array], tokens: int) -> list[mx.array]:
+    """The last `tokens`."""
+    pieces: list[mx.array] = []
     for chunk in reversed(chunks):
-        if tail_tokens > 0:
-            tail.insert(0, chunk[:, -tail_tokens:])
-            tail_tokens -= chunk.shape[1]
-    return mx.concatenate(head + tail, axis=1)
+        if tokens > 0:
+            pieces.insert(0, chunk[:, -tokens:])
+            tokens -= chunk.shape[1]
+    return pieces
+
+
+def _joined(pieces: list[mx.array], axis: int) -> mx.array:
+    return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=axis)

@@ -61,7 +61,7 @@ def test_router_cost_is_that_of_neighbouring_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(kernel_policy, "use_cuda_router", noted)
     (row,) = rows_of("mlx_router_cost", tmp_path, "--lengths", "100", "-n", "3")["rows"]
     sparse = {kind: run["sparse_layers"] for kind, run in row["runs"].items()}
-    assert sparse == dict.fromkeys(("as used", "operations", "forced", "routes at hand", "routers aside"), 3)
+    assert sparse == dict.fromkeys(("as used", "operations", "forced", "routes at hand", "apart", "routers aside"), 3)
     times = [row["runs"][kind]["all_prefill_s"] for kind in ("as used", "operations", "forced")]
     used, operations = (np.median(np.divide(mine, times[2])) - 1 for mine in times[:2])
     assert (row["share"], row["share_of_operations"]) == pytest.approx((used, operations))
