@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -73,6 +75,31 @@ def test_decode_beside_stock_kernels_of_the_same_graph():
     for _ in range(3):
         again = row(ours, ours, stock), row(stock, ours, ours), row(ours, stock, ours)
         assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def is_shared_with_the_host(x: mx.array) -> bool:
+    """Whether the memory of `x` is managed, as MLX makes what the host writes or reads."""
+    source = "if (threadIdx.x == 0) address[0] = reinterpret_cast<unsigned long long>(x);"
+    where = mx.fast.cuda_kernel("where_is", ["x"], ["address"], source, ensure_row_contiguous=False)
+    (address,) = where(
+        inputs=[x], output_shapes=[(1,)], output_dtypes=[mx.uint64], grid=(32, 1, 1), threadgroup=(32, 1, 1)
+    )
+    flag = ctypes.c_uint(2)
+    is_managed = 8  # CU_POINTER_ATTRIBUTE_IS_MANAGED
+    assert not ctypes.CDLL("libcuda.so.1").cuPointerGetAttribute(
+        ctypes.byref(flag), is_managed, ctypes.c_uint64(address.item())
+    )
+    return bool(flag.value)
+
+
+def test_what_every_block_reads_lies_in_the_gpu_s_own_memory():
+    """Also where MLX has buffers of that size at hand that were the host's."""
+    was_the_host_s = [mx.array([i, i, i, i], mx.int32) for i in range(8)]
+    assert is_shared_with_the_host(was_the_host_s[0])
+    del was_the_host_s
+    made = [cuda_kernels.device_array(((i, i + 1),)) for i in range(4)]
+    assert not any(map(is_shared_with_the_host, made))
+    assert [x.tolist() for x in made] == [[[i, i + 1]] for i in range(4)]
 
 
 @pytest.mark.parametrize("q_tokens", [1, 200])
