@@ -18,6 +18,7 @@ import copy
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from mlx_lm.models.cache import KVCache
 
 from flux_mlx.cache import CacheList, tokens_held
 from flux_mlx.families import inner_model, project
+from flux_mlx.keys_first import keys_in_place, may_come_first, write_keys
 from flux_mlx.late_decisions import LateDecisions
 from flux_mlx.models import routed_layers
 from flux_mlx.one_layer import OneLayer, attention_input, embed
@@ -250,6 +252,14 @@ class _Ahead:
         self._n_layers = n_layers
         self._handed_over = 0
         self._under_way: deque[mx.array] = deque()
+        self._keys_under_way: deque[mx.array] = deque()
+
+    def start_keys(self, entry: CacheList, newest: mx.array) -> None:
+        """Start writing keys into a cache entry; `newest` is computed with them, and no reference to them."""
+        mx.async_eval(entry.kv.state)
+        self._keys_under_way.append(newest)
+        if len(self._keys_under_way) > CHUNKS_AHEAD:
+            mx.eval(self._keys_under_way.popleft())
 
     def hand_over(self, entry: Any, out: mx.array | None) -> None:
         """Start the work of one layer on one chunk: what its cache entry then holds, and what it puts out.
@@ -264,6 +274,16 @@ class _Ahead:
         self._handed_over += 1
         if self._handed_over % self._n_layers == 0:  # as often as stock does: after one chunk's work in all layers
             mx.clear_cache()
+
+
+@contextmanager
+def _keys_first(layer: nn.Module, entry: CacheList, hidden: list[mx.array], device: _Ahead) -> Iterator[None]:
+    """Write the layer's keys of the whole prompt; within it calls find them there."""
+    offset = entry.offset
+    _reserve(entry, sum(chunk.shape[1] for chunk in hidden))
+    write_keys(layer, entry, hidden, partial(device.start_keys, entry))
+    with keys_in_place(entry.kv, offset):
+        yield
 
 
 def _prefill_layer(
@@ -290,19 +310,20 @@ def _prefill_layer(
     if routed:
         _route_layer(layer, entry, hidden, follows and not is_last)
     try:
-        for i, chunk in enumerate(chunks):
-            if i == int(evicts):  # the first chunk does not know yet whether all keys will be kept
-                _reserve(entry, left)
-            out = run(chunk, hidden[i])
-            hidden[i] = None if is_last else out  # of the last layer only keys and values are needed
-            if i == 0 and needs_route and not follows:  # keys of the first chunk: independent of the router's work
-                entry.start_decision(_new_state(entry))
-            if i == 0 and is_last:
-                if follows:
-                    late.add(entry)
-                late.start(_new_state(entry))
-            device.hand_over(entry, hidden[i])
-            left -= chunk.shape[1]
+        with _keys_first(layer, entry, hidden, device) if routed and may_come_first(attn, entry) else nullcontext():
+            for i, chunk in enumerate(chunks):
+                if i == int(evicts):  # the first chunk does not know yet whether all keys will be kept
+                    _reserve(entry, left)
+                out = run(chunk, hidden[i])
+                hidden[i] = None if is_last else out  # of the last layer only keys and values are needed
+                if i == 0 and needs_route and not follows:  # keys: independent of the router's work
+                    entry.start_decision(_new_state(entry))
+                if i == 0 and is_last:
+                    if follows:
+                        late.add(entry)
+                    late.start(_new_state(entry))
+                device.hand_over(entry, hidden[i])
+                left -= chunk.shape[1]
         if needs_route and not is_last:
             late.add(entry)
         if routed and not needs_route:  # nothing waited for its decision: another thread could not compute it

@@ -68,6 +68,14 @@ def project_queries(attn: nn.Module, x: mx.array) -> mx.array:
     return _norm_heads(attn.get("q_norm"), attn.q_proj(x), (*x.shape[:2], attn.n_heads, -1))
 
 
+def project_keys(attn: nn.Module, x: mx.array) -> tuple[mx.array, mx.array]:
+    """Only keys and values of `project`."""
+    if "qkv_proj" in attn:
+        return project(attn, x)[1:]
+    shape = (*x.shape[:2], attn.n_kv_heads, -1)
+    return _norm_heads(attn.get("k_norm"), attn.k_proj(x), shape), attn.v_proj(x).reshape(shape)
+
+
 def _norm_heads(norm: nn.Module | None, x: mx.array, shape: tuple[int, ...]) -> mx.array:
     """[B, L, H*D] to `shape` [B, L, H, D], normed over D or over H*D, whichever the norm's weight fits."""
     split = x.reshape(shape)

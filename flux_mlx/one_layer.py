@@ -40,20 +40,26 @@ class _Active(_Skipped):
         return h
 
 
-class _Probe:
-    """Stands in for an attention module and keeps its input."""
+class _ReachedError(Exception):
+    """Ends a block's forward pass at its attention module, whose input it carries."""
 
-    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+    def __init__(self, x: mx.array):
         self.x = x
-        return mx.zeros_like(x)
+
+
+def _stop(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+    raise _ReachedError(x)
 
 
 def attention_input(layer: nn.Module, hidden: mx.array) -> mx.array:
     """What the layer's attention module would get: `[1, L, hidden]`, norms of the family included."""
     view = copy.copy(layer)
-    view.self_attn = probe = _Probe()
-    view(hidden, None, None)
-    return probe.x
+    view.self_attn = _stop
+    try:
+        view(hidden, None, None)
+    except _ReachedError as reached:
+        return reached.x
+    raise ValueError(f"[attention_input] {type(layer).__name__} does not call its self_attn.")
 
 
 def _entries(cache: list[Any], index: int) -> list[Any]:

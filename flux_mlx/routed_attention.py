@@ -18,7 +18,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 from flux_mlx import cuda_kernels, kernel_policy
 from flux_mlx.attention import sparse_attention
 from flux_mlx.cache import CacheList
-from flux_mlx.families import Projected, project, project_queries, rotate
+from flux_mlx.families import Projected, project, project_keys, project_queries, rotate
 from flux_mlx.first_keys import FirstKeys
 from flux_mlx.noted_calls import RESTLESS
 from flux_mlx.router import decide, decide_by_kernel, mean_over_heads, pool_queries, route_codes
@@ -199,6 +199,11 @@ class RoutedAttention:
     def project_at(self, x: mx.array, offset: Any) -> Projected:
         """Queries, keys and values `[B, H, L, D]` of `[B, L, hidden]`, rotated for tokens from `offset` on."""
         return self.rotated(project(self, x), offset)
+
+    def keys_at(self, x: mx.array, offset: int) -> tuple[mx.array, mx.array]:
+        """Only keys and values of `project_at`."""
+        k, v = (part.swapaxes(1, 2) for part in project_keys(self, x))
+        return rotate(self, k, offset), v
 
     def rotated(self, parts: Projected, offset: Any) -> Projected:
         """What `families.project` gives, `[B, L, H, D]`, as attention takes it: `[B, H, L, D]`, after RoPE."""

@@ -10,6 +10,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 import flux_mlx
+from flux_mlx import exact_prefill
 from flux_mlx.models import routed_layers
 from flux_mlx.spec import PatternConfig, Route
 from parity_tests.held_memory import settled_memory
@@ -149,6 +150,27 @@ def test_xattention_drops_blocks_of_a_prompt_within_the_window():
     pattern = PatternConfig("xattention", block_size=8, sink_tokens=8, window_tokens=512, stride=4, threshold=0.3)
     model, tokens = with_pattern(flux_model(route="sparse"), pattern), prompt(TOKENS)
     assert np.abs(exact(model, tokens)[0] - exact(flux_model(route="full"), tokens)[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize(("family", "in_place"), [("llama", True), ("qwen3", True), ("phi3", False)])
+def test_attention_finds_its_keys_written(monkeypatch, family, in_place):
+    """One buffer for all chunks of a layer: while chunks wait for the device, MLX would copy it for every write."""
+    model, buffers = flux_model(family), []
+    hand_over = exact_prefill._Ahead.hand_over
+
+    def noted(self, entry, out):
+        buffers.append((entry, entry.kv.keys))
+        return hand_over(self, entry, out)
+
+    monkeypatch.setattr(exact_prefill._Ahead, "hand_over", noted)
+    cache = model.make_cache()
+    flux_mlx.prefill(model, mx.array(prompt(TOKENS)), cache, prefill_step_size=32)
+    flux_mlx.prefill(model, mx.array(prompt(TOKENS, 1)), cache, prefill_step_size=32)
+    assert len(buffers) == 2 * 8 * len(cache) + 2 * (TOKENS - 1) % 32
+    for entry in cache:
+        assert len({id(keys) for other, keys in buffers if other is entry}) == (2 if in_place else 16)
+        assert entry.kv.offset == 2 * (TOKENS - 1)
+        assert "update_and_fetch" not in vars(entry.kv)
 
 
 def test_progress_goes_by_layers():
