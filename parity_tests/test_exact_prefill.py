@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 import flux_mlx
 from flux_mlx import exact_prefill
@@ -152,25 +152,32 @@ def test_xattention_drops_blocks_of_a_prompt_within_the_window():
     assert np.abs(exact(model, tokens)[0] - exact(flux_model(route="full"), tokens)[0]).max() > 1e-3
 
 
-@pytest.mark.parametrize(("family", "in_place"), [("llama", True), ("qwen3", True), ("phi3", False)])
-def test_attention_finds_its_keys_written(monkeypatch, family, in_place):
-    """One buffer for all chunks of a layer: while chunks wait for the device, MLX would copy it for every write."""
-    model, buffers = flux_model(family), []
-    hand_over = exact_prefill._Ahead.hand_over
+@pytest.mark.parametrize(("family", "come_first"), [("llama", True), ("qwen3", True), ("phi3", False)])
+def test_keys_are_written_before_attention_waits_for_the_device(monkeypatch, family, come_first):
+    """Behind work that waits and reads them, MLX would copy all of them for every chunk."""
+    model, done = flux_model(family), []
+    hand_over, update = exact_prefill._Ahead.hand_over, KVCache.update_and_fetch
 
-    def noted(self, entry, out):
-        buffers.append((entry, entry.kv.keys))
+    def handed_over(self, entry, out):
+        done.append(("attention", id(entry.kv)))
         return hand_over(self, entry, out)
 
-    monkeypatch.setattr(exact_prefill._Ahead, "hand_over", noted)
+    def written(kv, keys, values):
+        done.append(("keys", id(kv)))
+        return update(kv, keys, values)
+
+    monkeypatch.setattr(exact_prefill._Ahead, "hand_over", handed_over)
+    monkeypatch.setattr(KVCache, "update_and_fetch", written)
     cache = model.make_cache()
-    flux_mlx.prefill(model, mx.array(prompt(TOKENS)), cache, prefill_step_size=32)
-    flux_mlx.prefill(model, mx.array(prompt(TOKENS, 1)), cache, prefill_step_size=32)
-    assert len(buffers) == 2 * 8 * len(cache) + 2 * (TOKENS - 1) % 32
-    for entry in cache:
-        assert len({id(keys) for other, keys in buffers if other is entry}) == (2 if in_place else 16)
-        assert entry.kv.offset == 2 * (TOKENS - 1)
-        assert "update_and_fetch" not in vars(entry.kv)
+    flux_mlx.prefill(model, mx.array(prompt(10)), cache)
+    for turn in range(2):
+        done.clear()
+        flux_mlx.prefill(model, mx.array(prompt(TOKENS, turn)), cache, prefill_step_size=32)
+        for entry in cache:
+            order = [what for what, kv in done if kv == id(entry.kv)]
+            assert order == (["keys"] * 8 + ["attention"] * 8 if come_first else ["keys", "attention"] * 8)
+            assert entry.kv.offset == 9 + (turn + 1) * (TOKENS - 1)
+            assert "update_and_fetch" not in vars(entry.kv)
 
 
 def test_progress_goes_by_layers():
