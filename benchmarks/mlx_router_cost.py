@@ -40,17 +40,19 @@ def kinds(args: Any, model: nn.Module) -> dict[str, Callable[[Work], Run]]:
     codes = {route: device_array(((int(route), 0),))[0, :1] for route in (Route.SPARSE, Route.FULL)}
     mx.eval(codes)
 
-    def at_hand(layer: nn.Module, entry: CacheList, *_: Any) -> None:
+    def at_hand(layer: nn.Module, entry: CacheList, _: list[mx.array]) -> None:
         entry.decide(codes[Route.FULL if id(layer.self_attn) in full else Route.SPARSE], [True])
 
-    def apart(layer: nn.Module, entry: CacheList, chunks: list[mx.array], _: bool) -> None:
-        route_layer(layer, entry, chunks, shares=False)
+    def apart(layer: nn.Module, entry: CacheList, chunks: list[mx.array]) -> None:
+        shared, entry.projected = entry.projected, None
+        route_layer(layer, entry, chunks)
+        entry.projected = shared
 
-    def aside(layer: nn.Module, entry: CacheList, chunks: list[mx.array], _: bool) -> None:
+    def aside(layer: nn.Module, entry: CacheList, chunks: list[mx.array]) -> None:
         scratch = layer.self_attn.new_cache()
         exact_prefill.decide_layer(layer, scratch, chunks)
         mx.async_eval(scratch.undecided())
-        route_layer(layer, entry, chunks, shares=False)
+        route_layer(layer, entry, chunks)
 
     def instead(replacement: Callable[..., None], run: Callable[[Work], Run]) -> Callable[[Work], Run]:
         def patched(work: Work) -> Run:

@@ -28,12 +28,12 @@ from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START, maybe_quantize_kv_cache
 from mlx_lm.models.cache import KVCache
 
 from flux_mlx.cache import CacheList, tokens_held
-from flux_mlx.families import inner_model, project
-from flux_mlx.keys_first import keys_in_place, may_come_first, write_keys
+from flux_mlx.families import inner_model
+from flux_mlx.keys_first import keys_in_place, may_come_first, project_some, write_keys
 from flux_mlx.late_decisions import LateDecisions
 from flux_mlx.models import routed_layers
 from flux_mlx.one_layer import OneLayer, attention_input, embed
-from flux_mlx.routed_attention import RoutedAttention, chunks_of_ends, prompt_ends
+from flux_mlx.routed_attention import RoutedAttention, prompt_ends
 from flux_mlx.routed_block import RoutedBlock
 from flux_mlx.spec import FluxConfig, Route
 
@@ -43,31 +43,24 @@ CHUNKS_AHEAD = (
 )
 
 
-def _route_layer(layer: nn.Module, entry: CacheList, chunks: list[mx.array], shares: bool) -> None:
+def _route_layer(layer: nn.Module, entry: CacheList, chunks: list[mx.array]) -> None:
     """Have the layer's route decided, unless it is forced."""
     if layer.self_attn.forced is None:
-        decide_layer(layer, entry, chunks, shares)
+        decide_layer(layer, entry, chunks)
 
 
-def decide_layer(layer: nn.Module, entry: CacheList, chunks: list[mx.array], shares: bool = False) -> None:
-    """Have the layer's router decide for `entry` from both ends of the prompt.
+def decide_layer(layer: nn.Module, entry: CacheList, chunks: list[mx.array]) -> None:
+    """Have the layer's router decide for `entry` from both ends of the prompt, hidden states `[1, ., hidden]`.
 
-    Args:
-        layer: The block around its attention module.
-        entry: Of the cache.
-        chunks: The prompt's hidden states, `[1, ., hidden]`.
-        shares: Whether the router takes its queries from the projections of whole chunks, which `entry` keeps for
-            attention. Else it makes its own, of few tokens.
+    Where `entry` knows the projections of the chunks that hold the ends, their queries serve; else the router makes its
+    own, of few tokens.
     """
     attn: Any = layer.self_attn
-    sizes, P = [chunk.shape[1] for chunk in chunks], attn.flux.router.pool_tokens
-    if shares:
-        starts = list(itertools.accumulate(sizes, initial=entry.offset))
-        parts = {i: project(attn, attention_input(layer, chunks[i])) for i in chunks_of_ends(sizes, P)}
-        entry.projected = {starts[i]: its for i, its in parts.items()}
-        attn.feed_queries([q for q, _, _ in parts.values()], sum(sizes), entry)
+    tokens, P = sum(chunk.shape[1] for chunk in chunks), attn.flux.router.pool_tokens
+    if entry.projected:
+        attn.feed_queries([q for q, _, _ in entry.projected.values()], tokens, entry)
     else:
-        attn.feed(attention_input(layer, prompt_ends(chunks, P)), sum(sizes), entry)
+        attn.feed(attention_input(layer, prompt_ends(chunks, P)), tokens, entry)
     attn.decide(entry, [True])
 
 
@@ -254,19 +247,19 @@ class _Ahead:
         self._under_way: deque[mx.array] = deque()
         self._keys_under_way: deque[mx.array] = deque()
 
-    def start_keys(self, entry: CacheList, newest: mx.array) -> None:
-        """Start writing keys into a cache entry; `newest` is computed with them, and no reference to them."""
-        mx.async_eval(entry.kv.state)
-        self._keys_under_way.append(newest)
+    def start_keys(self, entry: CacheList, beside: list[mx.array]) -> None:
+        """Start writing keys into a cache entry; `beside` is computed with them, and holds no reference to them."""
+        mx.async_eval(entry.kv.state, beside)
+        self._keys_under_way.append(beside[-1])
         if len(self._keys_under_way) > CHUNKS_AHEAD:
             mx.eval(self._keys_under_way.popleft())
 
-    def hand_over(self, entry: Any, out: mx.array | None) -> None:
+    def hand_over(self, entry: Any, out: mx.array | None, beside: mx.array | None = None) -> None:
         """Start the work of one layer on one chunk: what its cache entry then holds, and what it puts out.
 
         Only `out` is waited for: a reference to keys would have the next chunk copy them.
         """
-        mx.async_eval(_new_state(entry), out)
+        mx.async_eval(beside, _new_state(entry), out)
         if out is not None:
             self._under_way.append(out)
         if len(self._under_way) > CHUNKS_AHEAD:
@@ -307,10 +300,13 @@ def _prefill_layer(
         entry.stays_undecided = late.may_wait and not attn.evicts
     needs_route = routed and not attn.is_dense(entry, left)
     follows = needs_route and entry.stays_undecided and bool(late.entries)  # it will go as the layers before it went
+    keys_first = routed and may_come_first(attn, entry)
     if routed:
-        _route_layer(layer, entry, hidden, follows and not is_last)
+        if keys_first and not is_last:
+            entry.projected = project_some(layer, entry, hidden)
+        _route_layer(layer, entry, hidden)
     try:
-        with _keys_first(layer, entry, hidden, device) if routed and may_come_first(attn, entry) else nullcontext():
+        with _keys_first(layer, entry, hidden, device) if keys_first else nullcontext():
             for i, chunk in enumerate(chunks):
                 if i == int(evicts):  # the first chunk does not know yet whether all keys will be kept
                     _reserve(entry, left)
@@ -322,7 +318,7 @@ def _prefill_layer(
                     if follows:
                         late.add(entry)
                     late.start(_new_state(entry))
-                device.hand_over(entry, hidden[i])
+                device.hand_over(entry, hidden[i], entry.undecided() if i == 0 and follows else None)
                 left -= chunk.shape[1]
         if needs_route and not is_last:
             late.add(entry)

@@ -66,15 +66,14 @@ class RoutedAttention:
             return super().__call__(x, mask, cache)
         cache.widen(x.shape[0])
         self.route(x, cache)
+        parts = cache.take_projected()
         if self.is_dense(cache, x.shape[1]):  # needs no route yet
-            if (parts := cache.take_projected()) is not None:
-                return self.attend_dense(parts, mask, cache)
-            return super().__call__(x, mask, FirstKeys.of(cache.kv))
-        if (out := self.attend_undecided(x, cache)) is not None:
+            return self.attend_full(x, mask, cache, parts)
+        if (out := self.attend_undecided(x, cache, parts)) is not None:
             return out
         if Route.SPARSE not in cache.routes:
-            return super().__call__(x, mask, cache.kv)
-        return self.attend(x, mask, cache)
+            return self.attend_full(x, mask, cache, parts)
+        return self.attend(x, mask, cache, parts)
 
     def decode(self, x: mx.array, tokens: int, mask: Any, cache: CacheList) -> mx.array:
         """A short call of one row, which does not change its route. Python's time is a good part of a token's."""
@@ -157,13 +156,16 @@ class RoutedAttention:
         cache.inputs = ends
 
     def feed_queries(self, queries: list[mx.array], tokens: int, cache: CacheList, offset: int | None = None) -> None:
-        """The same of one row by queries before RoPE, `[1, ., HQ, D]` in chunks, which hold both ends at least."""
+        """The same of one row by queries before RoPE, `[1, ., HQ, D]` in chunks that hold both ends at least.
+
+        They must be of all heads, not of one rank's.
+        """
         P = self.flux.router.pool_tokens
         head, tail = (
-            [self.over_ranks(mean_over_heads(part.squeeze(0))) for part in parts]
-            for parts in (_head(queries, P), _tail(queries, P))
+            _joined([mean_over_heads(piece.squeeze(0)) for piece in pieces], 0)
+            for pieces in (_head(queries, P), _tail(queries, P))
         )
-        cache.feed(0, _joined(head, 0), _joined(tail, 0), tokens, offset)
+        cache.feed(0, head, tail, tokens, offset)
 
     def decide(self, cache: CacheList, fed: list[bool]) -> None:
         """Let the router decide the rows that were fed. The decision stays on the device until it is needed."""
@@ -185,11 +187,11 @@ class RoutedAttention:
             logits = mx.distributed.all_sum(logits * (self.group.rank() == 0), group=self.group)
         return logits
 
-    def attend(self, x: mx.array, mask: Any, cache: CacheList) -> mx.array:
-        """Attention with at least one sparse row, output projection included."""
+    def attend(self, x: mx.array, mask: Any, cache: CacheList, parts: Projected | None = None) -> mx.array:
+        """Attention with at least one sparse row, output projection included; `parts` are the call's, if known."""
         if self.evicts and (cache.drops_early or x.shape[1] < self.flux.router.min_prefill_tokens):
             cache.evict(self.flux.pattern)
-        q, k, v = self.project_at(x, cache.offset)
+        q, k, v = self.rotated(parts or project(self, x), cache.offset)
         k, v = cache.kv.update_and_fetch(k, v)
         if (out := self.attend_batch(q, cache)) is not None:
             return self.o_proj(out)
@@ -210,15 +212,17 @@ class RoutedAttention:
         q, k, v = (part.swapaxes(1, 2) for part in parts)
         return rotate(self, q, offset), rotate(self, k, offset), v
 
-    def attend_dense(self, parts: Projected, mask: Any, cache: CacheList) -> mx.array:
-        """Full attention, as the stock module computes it, of a call whose projections there are."""
+    def attend_full(self, x: mx.array, mask: Any, cache: CacheList, parts: Projected | None = None) -> mx.array:
+        """Full attention by the stock module, or as it computes it where the call's projections are known."""
         kv = FirstKeys.of(cache.kv)
+        if parts is None:
+            return super().__call__(x, mask, kv)
         q, k, v = self.rotated(parts, kv.offset)
         k, v = kv.update_and_fetch(k, v)
         out = scaled_dot_product_attention(q, k, v, cache=kv, scale=self.scale, mask=mask)
         return self.o_proj(out.swapaxes(1, 2).reshape(out.shape[0], out.shape[2], -1))
 
-    def attend_undecided(self, x: mx.array, cache: CacheList) -> mx.array | None:
+    def attend_undecided(self, x: mx.array, cache: CacheList, parts: Projected | None = None) -> mx.array | None:
         """Attention of a prompt's call by a route that only the device knows, `[1, L, hidden]`.
 
         None where there is no such route, or no kernel that takes it: then the host has to read it.
@@ -228,7 +232,7 @@ class RoutedAttention:
             return None
         if not cache.noted and cache.undecided() is None:
             return None
-        parts = cache.take_projected() or project(self, x)
+        parts = parts or project(self, x)
         shapes, all_tokens = (part.swapaxes(1, 2) for part in parts), cache.pinned or kv.offset + tokens
         if kernel_policy.choose_undecided(*shapes, pattern, cache.pinned, all_tokens) == "ops":
             return None
