@@ -30,6 +30,7 @@ Run = Callable[[Launch], Prepared]
 
 FAMILIES = {"cuda": None, "cuda-portable": "portable"}  # compiled kernels that an `impl` allows; None: any
 _SHARED_BYTES = 8  # `small_block_size` of MLX's CUDA allocator
+_HOST_BYTES = 4096  # of what `device_array` has copied
 CACHE_STEP_TOKENS = 256  # stock caches grow by so many tokens; one that is full is dense
 _HOPPER = Device(9, 0, 132, 50 << 20)  # an H100 with every multiprocessor that NVIDIA sells
 _ATTRIBUTES = {"multiprocessors": 16, "l2_bytes": 38}  # CUdevice_attribute of the driver
@@ -104,16 +105,15 @@ def device_array(values: Sequence[Any]) -> mx.array:
     """The host's int32 rows `[B, ...]` in the GPU's own memory: the first B of `rows_on_device`. Waits for the device.
 
     Of host memory every block would fetch them anew, over the bus: 0.2 ms for what takes 0.01. MLX gives buffers that
-    were the host's out again, to kernels too; so its cache of them is emptied before and behind.
+    were the host's out again, to kernels too; so its cache of them is emptied first, and what the host writes here is
+    too large to come back as the result of a later call.
     """
     rows = np.array(values, np.int32)
     held = rows_on_device(len(rows), rows[0].nbytes)
-    by_host = mx.array(np.resize(rows, (held, *rows.shape[1:])))
+    by_host = mx.array(np.resize(rows, (max(held, _HOST_BYTES // rows[0].nbytes), *rows.shape[1:])))
     mx.clear_cache()
-    by_device = (by_host + 0)[: len(rows)]
+    by_device = (by_host[:held] + 0)[: len(rows)]
     mx.eval(by_device)  # `by_host` is still there: MLX would have added in place, in the host's memory
-    del by_host
-    mx.clear_cache()
     return by_device
 
 

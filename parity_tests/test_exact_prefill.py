@@ -158,9 +158,9 @@ def test_keys_are_written_before_attention_waits_for_the_device(monkeypatch, fam
     model, done = flux_model(family), []
     hand_over, update = exact_prefill._Ahead.hand_over, KVCache.update_and_fetch
 
-    def handed_over(self, entry, out):
+    def handed_over(self, entry, *work):
         done.append(("attention", id(entry.kv)))
-        return hand_over(self, entry, out)
+        return hand_over(self, entry, *work)
 
     def written(kv, keys, values):
         done.append(("keys", id(kv)))
