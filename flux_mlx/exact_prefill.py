@@ -2,14 +2,14 @@
 
 Stock mlx-lm runs all layers over one chunk of the prompt, then the next chunk; a router would have to decide before
 the prompt's end has reached its layer. Here each layer in turn is decided from the pooled queries of the whole
-prompt, then runs over all chunks. That costs one buffer of hidden states `[L, hidden]`, and nothing else changes: the
-chunks are stock's, and each is computed by the stock model's own forward pass in which all other layers are skipped.
+prompt, then runs over all chunks. That costs one buffer of hidden states `[L, hidden]`. The chunks are stock's, and
+each is computed by the stock model's own forward pass in which all other layers are skipped; but the keys of all chunks
+are written first (`flux_mlx.keys_first`), and the router reads the queries that attention projects anyway.
 
 The device is kept busy: chunks are handed to it ahead of time, a few at once, and a layer's route is first waited for
 where it matters, behind the chunks that sink and window hold as a whole. The router's small kernels run beside the
-first chunk's projections, and the rest of that chunk behind them, while the host waits for the route and builds the
-next chunk. Where kernels take the route from the device nobody waits for it: all routes are read at once, behind the
-last chunk of the last layer. A prompt of one chunk is stock's own call.
+first chunk's work. Where kernels take the route from the device nobody waits for it: all routes are read at once,
+behind the last chunk of the last layer. A prompt of one chunk is stock's own call.
 """
 
 from __future__ import annotations
