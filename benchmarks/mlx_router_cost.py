@@ -37,8 +37,7 @@ def kinds(args: Any, model: nn.Module) -> dict[str, Callable[[Work], Run]]:
     """The kinds of run, of the same routes."""
     route_layer = exact_prefill._route_layer
     full = {id(attn) for i, attn in routed_layers(model).items() if i in full_layers(args, model)}
-    codes = {route: device_array(((int(route), 0),))[0, :1] for route in (Route.SPARSE, Route.FULL)}
-    mx.eval(codes)
+    codes = {route: device_array((int(route),)) for route in (Route.SPARSE, Route.FULL)}
 
     def at_hand(layer: nn.Module, entry: CacheList, _: list[mx.array]) -> None:
         entry.decide(codes[Route.FULL if id(layer.self_attn) in full else Route.SPARSE], [True])

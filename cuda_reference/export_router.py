@@ -33,7 +33,7 @@ STEPS = {
     "router_pool": Step(ROUTER_DTYPES, ("queries",), ("rows",)),
     "router_encode": Step(
         ("float32",),
-        ("prefix", "recent", "counts", "encoder_0_weight", "encoder_0_bias", "encoder_2_weight"),
+        ("prefix", "recent", "encoder_0_weight", "encoder_0_bias", "encoder_2_weight"),
         ("encoded",),
     ),
     "router_decide": Step(

@@ -30,7 +30,7 @@ Run = Callable[[Launch], Prepared]
 
 FAMILIES = {"cuda": None, "cuda-portable": "portable"}  # compiled kernels that an `impl` allows; None: any
 _SHARED_BYTES = 8  # `small_block_size` of MLX's CUDA allocator
-_HOST_BYTES = 4096  # of what `device_array` has copied
+_OWN_BYTES = 5 * 16384  # of what `device_array` makes: five of the allocator's pages
 CACHE_STEP_TOKENS = 256  # stock caches grow by so many tokens; one that is full is dense
 _HOPPER = Device(9, 0, 132, 50 << 20)  # an H100 with every multiprocessor that NVIDIA sells
 _ATTRIBUTES = {"multiprocessors": 16, "l2_bytes": 38}  # CUdevice_attribute of the driver
@@ -102,18 +102,14 @@ def rows_on_device(rows: int, row_bytes: int) -> int:
 
 
 def device_array(values: Sequence[Any]) -> mx.array:
-    """The host's int32 rows `[B, ...]` in the GPU's own memory: the first B of `rows_on_device`. Waits for the device.
+    """The host's int32 rows `[B, ...]` in the GPU's own memory, repeated behind them. Waits for the device.
 
     Of host memory every block would fetch them anew, over the bus: 0.2 ms for what takes 0.01. MLX gives buffers that
-    were the host's out again, to kernels too; so its cache of them is emptied first, and what the host writes here is
-    too large to come back as the result of a later call.
+    were the host's out again, to kernels too, so this one is of a size that hardly anything else has.
     """
-    rows = np.array(values, np.int32)
-    held = rows_on_device(len(rows), rows[0].nbytes)
-    by_host = mx.array(np.resize(rows, (max(held, _HOST_BYTES // rows[0].nbytes), *rows.shape[1:])))
-    mx.clear_cache()
-    by_device = (by_host[:held] + 0)[: len(rows)]
-    mx.eval(by_device)  # `by_host` is still there: MLX would have added in place, in the host's memory
+    by_host = mx.array(np.array(values, np.int32))
+    by_device = mx.tile(by_host, (max(2, _OWN_BYTES // by_host.nbytes), *[1] * (by_host.ndim - 1)))[: len(values)]
+    mx.eval(by_device)
     return by_device
 
 

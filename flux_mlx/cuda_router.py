@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from flux_mlx import cuda_catalog, cuda_kernels
 from flux_mlx.cuda_catalog import Device, Launch
-from flux_mlx.cuda_kernels import Run, cuda_run, device_array, rows_on_device, ticket_slots
+from flux_mlx.cuda_kernels import Run, cuda_run, rows_on_device, ticket_slots
 from flux_mlx.kernels import dtype_name
 from flux_mlx.spec import RouterConfig
 from metal_kernels.catalog import ROUTER_PARAMETERS
@@ -81,7 +81,13 @@ def decide(
     _check_parameters(parameters, D)
     first_weight, first_bias, second_weight, *rest = parameters
     encode, head = _network_launches(cuda_kernels.device(), tuple(prefix.shape))
-    (encoded,) = run(encode)([prefix, recent, _on_device(counts), first_weight, first_bias, second_weight], ())
+    encoder = (first_weight, first_bias, second_weight)
+    if len(set(counts)) == 1:
+        (encoded,) = run(encode)([prefix, recent, *encoder], counts[0])
+    else:  # numbers in the GPU's memory would be numbers to bring there
+        encode, _ = _network_launches(cuda_kernels.device(), (1, P, D))
+        rows = zip(prefix[:, None], recent[:, None], counts, strict=True)
+        encoded = mx.concatenate([run(encode)([*ends, *encoder], its)[0] for *ends, its in rows])
     tickets, slots = ticket_slots(B)
     route, logits, _ = run(head)([encoded, *rest, tickets], (next(slots),))
     return route[:B], logits[:B]  # in place
@@ -97,12 +103,6 @@ def _check_parameters(parameters: Sequence[mx.array], head_dim: int) -> None:
 def _parameter_shapes(head_dim: int) -> list[tuple[int, ...]]:
     shapes = RouterConfig.parameter_shapes(head_dim)
     return [shapes[name] for name in ROUTER_PARAMETERS]
-
-
-@lru_cache(maxsize=256)
-def _on_device(counts: Counts) -> mx.array:
-    """The counts as int32 `[B, 2]`, made once: nearly all prompts are longer than what is pooled."""
-    return device_array(counts)
 
 
 @lru_cache

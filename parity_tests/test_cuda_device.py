@@ -97,9 +97,9 @@ def test_what_every_block_reads_lies_in_the_gpu_s_own_memory():
     was_the_host_s = [mx.array([i, i, i, i], mx.int32) for i in range(8)]
     assert is_shared_with_the_host(mx.array([1, 2, 3, 4], mx.int32))
     del was_the_host_s
-    made = [cuda_kernels.device_array(((i, i + 1),)) for i in range(4)]
+    made = [cuda_kernels.device_array((i, i + 1)) for i in range(4)]
     assert not any(map(is_shared_with_the_host, made))
-    assert [x.tolist() for x in made] == [[[i, i + 1]] for i in range(4)]
+    assert [x.tolist() for x in made] == [[i, i + 1] for i in range(4)]
 
 
 @pytest.mark.parametrize("q_tokens", [1, 200])

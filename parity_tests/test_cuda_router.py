@@ -193,17 +193,35 @@ def test_kernels_write_to_the_gpu_s_own_memory_only(batch):
     assert (codes.shape, logits.shape) == ((batch,), (batch, 2))
 
 
-@pytest.mark.parametrize("made_of", [cuda_kernels._route_codes, cuda_router._on_device])
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_what_the_host_gives_to_kernels_is_in_the_gpu_s_own_memory(monkeypatch, batch, made_of):
-    values = ((2,) if made_of is cuda_kernels._route_codes else ((2, 1),)) * batch
+def test_what_the_host_gives_to_kernels_is_copied_to_a_buffer_that_never_was_the_host_s(monkeypatch, batch):
     array, made = mx.array, []
     with monkeypatch.context() as patch:
         patch.setattr(mx, "array", lambda *args: made.append(array(*args)) or made[-1])
-        given = made_of.__wrapped__(values)
-    np.testing.assert_array_equal(np.array(given), np.int32(values))
+        given = cuda_kernels._route_codes.__wrapped__((2,) * batch)
+    np.testing.assert_array_equal(np.array(given), np.full(batch, 2, np.int32))
     assert given.dtype == mx.int32
-    assert made[0].nbytes > 8
+    assert len(made) == 1
+    assert made[0].nbytes == 4 * batch
+
+
+@pytest.mark.parametrize("counts", [((2, 2), (2, 2), (2, 2)), ((3, 1), (2, 3), (0, 0))])
+def test_rows_of_unlike_counts_are_encoded_one_by_one(monkeypatch, counts):
+    weights = RouterCase(3, 9, 2, 16, 3, "float32", 2).weights()
+    prefix, recent = (mx.array(np.random.default_rng(i).standard_normal((3, 3, 16), np.float32)) for i in range(2))
+    launched: Counter[str] = Counter()
+
+    def run(launch):
+        launched[launch.kernel.family] += 1
+        return HostCuda()(launch)
+
+    codes, logits = cuda_router.decide(prefix, recent, counts, parameters_of(weights), run=run)
+    assert launched == {"router_encode": 1 if len(set(counts)) == 1 else 3, "router_decide": 1}
+    for b, (n, m) in enumerate(counts):
+        ends = np.concatenate([np.array(prefix[b, :n]), np.array(recent[b, 3 - m :])])
+        expected = spec.route_logits(weights, ends.sum(axis=0, keepdims=True, dtype=float) / max(1, n + m))
+        np.testing.assert_allclose(np.array(logits[b : b + 1]), expected, atol=1e-4)
+        assert [Route(codes[b].item())] == spec.decide(expected)
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 64), ("float32", 80)])
@@ -340,7 +358,7 @@ MUTATIONS = {
     "last pooled token twice": ("if (first + i * part.lanes + part.lane < count)", "if (true)"),
     "recent from its start": ("int64_t(pool_tokens - recent_tokens)", "int64_t(0)"),
     "prefix for recent": ("add_rows(recent + first", "add_rows(prefix + first"),
-    "counts of another row": ("counts[2 * blockIdx.y + 1]", "counts[1]"),
+    "as many recent rows as of the prefix": ("* channels, recent_tokens", "* channels, prefix_tokens"),
     "rows of another row": ("int64_t(blockIdx.y) * pool_tokens * channels", "int64_t(0)"),
     "mean over the prefix": ("const int tokens = prefix_tokens + recent_tokens", "const int tokens = prefix_tokens"),
     "no barrier before parts are joined": ("= sum;\n  __syncthreads();\n  float4 total", "= sum;\n  float4 total"),
@@ -378,6 +396,7 @@ def decide_with(mutation: tuple[str, str], schedule: str) -> None:
     expected = spec.route_logits(parameters, np.array(rows).mean(axis=1, dtype=float))
     np.testing.assert_allclose(np.array(logits), expected, rtol=1e-4, atol=1e-4)
     case = RouterCase(2, 9, 2, 8, 6, "float16", 5)
+    check(case, run)
     prefix, recent, _ = rows_of(case, HostCuda())
     prefix[1, 3:], recent[1, :4] = float("nan"), float("nan")
     logits = cuda_router.decide(prefix, recent, ((6, 6), (3, 2)), parameters_of(case.weights()), run=run)[1]

@@ -21,7 +21,7 @@ from parity_tests.host_shim import build
 from parity_tests.host_shim.run import SCHEDULES, HostError, _data, _execute, read_outputs
 
 _TYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16", "int32": "int", "float32": "float"}
-_OF_ROLE = {"work": "float", "route": "int", "counts": "int", "tickets": "unsigned"}
+_OF_ROLE = {"work": "float", "route": "int", "tickets": "unsigned"}
 _FORMATS = {"int32": "<i", "float32": "<f"}
 
 
