@@ -33,7 +33,8 @@ from flux_mlx.keys_first import keys_in_place, may_come_first, project_some, wri
 from flux_mlx.late_decisions import LateDecisions
 from flux_mlx.models import routed_layers
 from flux_mlx.one_layer import OneLayer, attention_input, embed
-from flux_mlx.routed_attention import RoutedAttention, prompt_ends
+from flux_mlx.prompt_ends import prompt_ends
+from flux_mlx.routed_attention import RoutedAttention
 from flux_mlx.routed_block import RoutedBlock
 from flux_mlx.spec import FluxConfig, Route
 

@@ -19,7 +19,7 @@ from mlx_lm.models.cache import KVCache
 
 from flux_mlx.families import Projected, project
 from flux_mlx.one_layer import attention_input
-from flux_mlx.routed_attention import chunks_of_ends
+from flux_mlx.prompt_ends import chunks_of_ends
 from flux_mlx.token_buffers import keys_in_use
 
 CHUNKS_AT_ONCE = 4  # whose keys are handed over together

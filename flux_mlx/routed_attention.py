@@ -21,6 +21,7 @@ from flux_mlx.cache import CacheList
 from flux_mlx.families import Projected, project, project_keys, project_queries, rotate
 from flux_mlx.first_keys import FirstKeys
 from flux_mlx.noted_calls import RESTLESS
+from flux_mlx.prompt_ends import head_pieces, joined, prompt_ends, tail_pieces
 from flux_mlx.router import decide, decide_by_kernel, mean_over_heads, pool_queries, route_codes
 from flux_mlx.router_training import Samples, attend_training
 from flux_mlx.short_calls import ShortCalls
@@ -162,8 +163,8 @@ class RoutedAttention:
         """
         P = self.flux.router.pool_tokens
         head, tail = (
-            _joined([mean_over_heads(piece.squeeze(0)) for piece in pieces], 0)
-            for pieces in (_head(queries, P), _tail(queries, P))
+            joined([mean_over_heads(piece.squeeze(0)) for piece in pieces], 0)
+            for pieces in (head_pieces(queries, P), tail_pieces(queries, P))
         )
         cache.feed(0, head, tail, tokens, offset)
 
@@ -343,42 +344,3 @@ def row_groups(sparse: list[bool], left_padding: list[int]) -> Iterator[RowGroup
         stop = start + len(list(run))
         yield RowGroup(slice(start, stop), *key)
         start = stop
-
-
-def prompt_ends(chunks: list[mx.array], pool_tokens: int) -> mx.array:
-    """What the router pools of a prompt in chunks `[1, ., hidden]`: its first and last `pool_tokens` rows, or all."""
-    if sum(chunk.shape[1] for chunk in chunks) <= 2 * pool_tokens:
-        return _joined(chunks, 1)
-    return _joined(_head(chunks, pool_tokens) + _tail(chunks, pool_tokens), 1)
-
-
-def chunks_of_ends(sizes: list[int], pool_tokens: int) -> list[int]:
-    """Which chunks of so many tokens hold the first and the last `pool_tokens` tokens of a prompt."""
-    stops = list(itertools.accumulate(sizes))
-    starts = [0, *stops[:-1]]
-    tail = stops[-1] - pool_tokens
-    return [i for i, (start, stop) in enumerate(zip(starts, stops, strict=True)) if start < pool_tokens or stop > tail]
-
-
-def _head(chunks: list[mx.array], tokens: int) -> list[mx.array]:
-    """The first `tokens` of chunks `[1, ., ...]`, or all, in pieces."""
-    pieces = []
-    for chunk in chunks:
-        if tokens > 0:
-            pieces.append(chunk[:, :tokens])
-            tokens -= chunk.shape[1]
-    return pieces
-
-
-def _tail(chunks: list[mx.array], tokens: int) -> list[mx.array]:
-    """The last `tokens`."""
-    pieces: list[mx.array] = []
-    for chunk in reversed(chunks):
-        if tokens > 0:
-            pieces.insert(0, chunk[:, -tokens:])
-            tokens -= chunk.shape[1]
-    return pieces
-
-
-def _joined(pieces: list[mx.array], axis: int) -> mx.array:
-    return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=axis)
