@@ -112,7 +112,7 @@ def rest_s(shape: Shape, machine: Machine, bits: int, tokens: int) -> float:
 
 
 def router_s(shape: Shape, machine: Machine, bits: int) -> float:
-    """Routing of one prompt: the queries of both ends, projected once more in every layer."""
+    """Routing of one prompt, as predicted: the queries of both ends, projected once more in every layer."""
     tokens = 2 * RouterConfig().pool_tokens
     flops = 2 * shape.layers * tokens * shape.hidden * shape.q_heads * shape.head_dim
     return flops / (machine.product_tflops[bits] * 1e12)

@@ -3,13 +3,14 @@
 Stock mlx-lm runs all layers over one chunk of the prompt, then the next chunk; a router would have to decide before
 the prompt's end has reached its layer. Here each layer in turn is decided from the pooled queries of the whole
 prompt, then runs over all chunks. That costs one buffer of hidden states `[L, hidden]`. The chunks are stock's, and
-each is computed by the stock model's own forward pass in which all other layers are skipped; but the keys of all chunks
-are written first (`flux_mlx.keys_first`), and the router reads the queries that attention projects anyway.
+each is computed by the stock model's own forward pass in which all other layers are skipped; but where they may (see
+`flux_mlx.keys_first`) the keys of all chunks are written first, and the router reads the queries that attention
+projects anyway.
 
 The device is kept busy: chunks are handed to it ahead of time, a few at once, and a layer's route is first waited for
-where it matters, behind the chunks that sink and window hold as a whole. The router's small kernels run beside the
-first chunk's work. Where kernels take the route from the device nobody waits for it: all routes are read at once,
-behind the last chunk of the last layer. A prompt of one chunk is stock's own call.
+where it matters, behind the chunks that sink and window hold as a whole. The router's small kernels run behind the
+keys, beside the first chunk's work. Where kernels take the route from the device nobody waits for it: all routes are
+read at once, behind the last chunk of the last layer. A prompt of one chunk is stock's own call.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from mlx_lm.models.cache import KVCache
 
 from flux_mlx.cache import CacheList, tokens_held
 from flux_mlx.families import inner_model
-from flux_mlx.keys_first import keys_in_place, may_come_first, project_some, write_keys
+from flux_mlx.keys_first import keys_in_place, keys_may_come_first, project_kept, write_keys
 from flux_mlx.late_decisions import LateDecisions
 from flux_mlx.models import routed_layers
 from flux_mlx.one_layer import OneLayer, attention_input, embed
@@ -102,10 +103,17 @@ def _unreserve(entry: Any) -> None:
     vars(kv).pop("step", None)
 
 
+def _restore_routed(entry: CacheList, kv: Any, snapshot: Any) -> None:
+    """Bring a routed layer's entry back, also if its prefill was interrupted where nothing could clean up."""
+    vars(kv).pop("update_and_fetch", None)
+    _unreserve(entry)
+    entry.restore(snapshot)
+
+
 def _restorer(entry: Any) -> Callable[[], None]:
     """A function that brings a cache entry back to what it is now."""
     if isinstance(entry, CacheList):
-        return partial(entry.restore, entry.snapshot())
+        return partial(_restore_routed, entry, entry.kv, entry.snapshot())
     if type(entry) is KVCache:
         return lambda offset=entry.offset: entry.trim(entry.offset - offset)
     saved = copy.deepcopy(entry.__dict__)  # windows and states of other layers, which do not grow with the prompt
@@ -129,7 +137,7 @@ def prefill(
         model: A Flux model (or a stock one, which is then prefilled layer by layer without routing).
         prompt: int `[L]` or a list, L >= 1: the new tokens, which follow those that `cache` holds.
         cache: From `model.make_cache()`, for one row. Updated in place; its routes are set.
-        prefill_step_size: Tokens of a chunk. The routes do not depend on it.
+        prefill_step_size: Tokens of a chunk. But for rounding, the routes do not depend on it.
         prompt_progress_callback: Called with (layers done, layers) before the first layer and after each.
         kv_bits: Quantise each layer's keys and values, as soon as the layer is done, to this many bits. Stock does it
             after each chunk, so that its later chunks read quantised keys.
@@ -301,15 +309,15 @@ def _prefill_layer(
         entry.stays_undecided = late.may_wait and not attn.evicts
     needs_route = routed and not attn.is_dense(entry, left)
     follows = needs_route and entry.stays_undecided and bool(late.entries)  # it will go as the layers before it went
-    keys_first = routed and may_come_first(attn, entry)
+    keys_first = routed and keys_may_come_first(attn, entry)
+    if keys_first and not is_last:
+        entry.projected = project_kept(layer, entry, hidden)
     if routed:
-        if keys_first and not is_last:
-            entry.projected = project_some(layer, entry, hidden)
         _route_layer(layer, entry, hidden)
     try:
         with _keys_first(layer, entry, hidden, device) if keys_first else nullcontext():
             for i, chunk in enumerate(chunks):
-                if i == int(evicts):  # the first chunk does not know yet whether all keys will be kept
+                if i == int(evicts) and not keys_first:  # evict: the first chunk does not know yet what will be kept
                     _reserve(entry, left)
                 out = run(chunk, hidden[i])
                 hidden[i] = None if is_last else out  # of the last layer only keys and values are needed

@@ -69,9 +69,7 @@ def project_queries(attn: nn.Module, x: mx.array) -> mx.array:
 
 
 def project_keys(attn: nn.Module, x: mx.array) -> tuple[mx.array, mx.array]:
-    """Only keys and values of `project`."""
-    if "qkv_proj" in attn:
-        return project(attn, x)[1:]
+    """Only keys and values of `project`, of a module that projects them apart from queries."""
     shape = (*x.shape[:2], attn.n_kv_heads, -1)
     return _norm_heads(attn.get("k_norm"), attn.k_proj(x), shape), attn.v_proj(x).reshape(shape)
 

@@ -23,10 +23,10 @@ from flux_mlx.prompt_ends import chunks_of_ends
 from flux_mlx.token_buffers import keys_in_use
 
 CHUNKS_AT_ONCE = 4  # whose keys are handed over together
-CHUNKS_KEPT = 4  # of a prompt of so many, all projections are kept until attention takes them
+CHUNKS_KEPT = 4  # of a prompt of at most so many chunks, all projections are kept until attention takes them
 
 
-def may_come_first(attn: Any, entry: Any) -> bool:
+def keys_may_come_first(attn: Any, entry: Any) -> bool:
     """Whether all keys of a prompt can be written at once: into a stock cache of one row that keeps them.
 
     Where one product makes queries, keys and values it would run twice. Ranks that share heads go chunk by chunk.
@@ -35,8 +35,8 @@ def may_come_first(attn: Any, entry: Any) -> bool:
     return is_plain and not attn.evicts and "qkv_proj" not in attn
 
 
-def project_some(layer: Any, entry: Any, chunks: list[mx.array]) -> dict[int, Projected]:
-    """What `families.project` gives of chunks that are not to be looked at twice, by the offset of each.
+def project_kept(layer: Any, entry: Any, chunks: list[mx.array]) -> dict[int, Projected]:
+    """What `families.project` gives of the chunks whose projections are kept for attention, by the offset of each.
 
     Those are all of a short prompt, and of a longer one those that hold the ends, whose queries the router reads.
 
@@ -57,7 +57,7 @@ def write_keys(layer: Any, entry: Any, chunks: list[mx.array], start: Callable[[
     """Add keys and values of a prompt's chunks to the KV cache of `entry`.
 
     Args:
-        layer, entry, chunks: As in `project_some`.
+        layer, entry, chunks: As in `project_kept`.
         start: Called behind every few chunks, with arrays that are to be computed beside.
     """
     attn, kv = layer.self_attn, entry.kv
@@ -67,8 +67,9 @@ def write_keys(layer: Any, entry: Any, chunks: list[mx.array], start: Callable[[
         if parts is None:
             k, v = attn.keys_at(attention_input(layer, chunk), kv.offset)
         else:
-            _, k, v = attn.rotated(parts, kv.offset)
-            beside.append(parts[0])
+            q, k, v = parts
+            k, v = attn.rotated_keys(k, v, kv.offset)
+            beside.append(q)
         kv.update_and_fetch(k, v)
         if i % CHUNKS_AT_ONCE == 0 or i == len(chunks):
             start([*beside, v])

@@ -40,7 +40,7 @@ class _Active(_Skipped):
         return h
 
 
-class _ReachedError(Exception):
+class _AttentionReached(Exception):  # noqa: N818 (no error: it ends the pass)
     """Ends a block's forward pass at its attention module, whose input it carries."""
 
     def __init__(self, x: mx.array):
@@ -48,7 +48,7 @@ class _ReachedError(Exception):
 
 
 def _stop(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-    raise _ReachedError(x)
+    raise _AttentionReached(x)
 
 
 def attention_input(layer: nn.Module, hidden: mx.array) -> mx.array:
@@ -57,7 +57,7 @@ def attention_input(layer: nn.Module, hidden: mx.array) -> mx.array:
     view.self_attn = _stop
     try:
         view(hidden, None, None)
-    except _ReachedError as reached:
+    except _AttentionReached as reached:
         return reached.x
     raise ValueError(f"[attention_input] {type(layer).__name__} does not call its self_attn.")
 

@@ -167,6 +167,7 @@ class RoutedAttention:
             for pieces in (head_pieces(queries, P), tail_pieces(queries, P))
         )
         cache.feed(0, head, tail, tokens, offset)
+        cache.inputs = None  # the call under way computes the queries
 
     def decide(self, cache: CacheList, fed: list[bool]) -> None:
         """Let the router decide the rows that were fed. The decision stays on the device until it is needed."""
@@ -205,8 +206,11 @@ class RoutedAttention:
 
     def keys_at(self, x: mx.array, offset: int) -> tuple[mx.array, mx.array]:
         """Only keys and values of `project_at`."""
-        k, v = (part.swapaxes(1, 2) for part in project_keys(self, x))
-        return rotate(self, k, offset), v
+        return self.rotated_keys(*project_keys(self, x), offset)
+
+    def rotated_keys(self, k: mx.array, v: mx.array, offset: int) -> tuple[mx.array, mx.array]:
+        """Only keys and values of `rotated`."""
+        return rotate(self, k.swapaxes(1, 2), offset), v.swapaxes(1, 2)
 
     def rotated(self, parts: Projected, offset: Any) -> Projected:
         """What `families.project` gives, `[B, L, H, D]`, as attention takes it: `[B, H, L, D]`, after RoPE."""

@@ -26,7 +26,7 @@ def answers(model) -> list[dict]:
         for tokens in PROMPTS:
             cache = model.make_cache()
             with mx.stream(generation_stream):  # where generate_step's last, unread step may still be exchanging sums
-                rest = prefill(model, mx.array(tokens), cache) if exact else mx.array(tokens)
+                rest = prefill(model, mx.array(tokens), cache, prefill_step_size=32) if exact else mx.array(tokens)
             generated = generate_step(rest, model, max_tokens=6, prompt_cache=cache, prefill_step_size=32)
             found.append({"tokens": [token for token, _ in generated], "routes": [int(r) for r in routes(cache)]})
     return found

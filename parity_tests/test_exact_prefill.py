@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 import flux_mlx
-from flux_mlx import exact_prefill
+from flux_mlx import exact_prefill, keys_first
 from flux_mlx.models import routed_layers
 from flux_mlx.spec import PatternConfig, Route
 from parity_tests.held_memory import settled_memory
@@ -188,6 +191,16 @@ def test_progress_goes_by_layers():
     assert seen == [(done, 4) for done in range(5)]
 
 
+def counting(seen: Counter[str], name: str, projection: Any) -> Any:
+    """The projection, its calls counted."""
+
+    def counted(x: mx.array) -> mx.array:
+        seen[name] += 1
+        return projection(x)
+
+    return counted
+
+
 def remembered(cache: list) -> list:
     """Everything that a cache holds, as numpy arrays and numbers."""
     return [np.array(x) if isinstance(x, mx.array) else x for _, x in tree_flatten([entry.state for entry in cache])]
@@ -213,6 +226,81 @@ def test_an_interrupted_prefill_leaves_the_cache_as_it_was(family, changes, at):
     np.testing.assert_array_equal(*logits)
     for mine, theirs in zip(remembered(cache), remembered(untouched), strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize(("family", "route"), [("llama", "auto"), ("llama", "full"), ("phi3", "auto")])
+def test_a_prefill_interrupted_within_a_layer_leaves_the_cache_as_it_was(monkeypatch, family, route):
+    """Behind it another prompt: one's own keys, written before the interruption, would hide a mistake."""
+    model, done = flux_model(family, route=route), []
+    cache, untouched = model.make_cache(), model.make_cache()
+    for one in (cache, untouched):
+        exact(model, prompt(100), 64, one)
+    hand_over = exact_prefill._Ahead.hand_over
+
+    def interrupted(self, *work):
+        done.append(work)
+        if len(done) == 11:  # the second layer's third chunk
+            raise KeyboardInterrupt
+        return hand_over(self, *work)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exact_prefill._Ahead, "hand_over", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            flux_mlx.prefill(model, mx.array(prompt(TOKENS, 1)), cache, prefill_step_size=32)
+    assert flux_mlx.routes(cache) == flux_mlx.routes(untouched)
+    assert [entry.offset for entry in cache] == [entry.offset for entry in untouched]
+    logits = [exact(model, prompt(150, 2), 32, one)[0] for one in (cache, untouched)]
+    np.testing.assert_array_equal(*logits)
+    for mine, theirs in zip(cache, untouched, strict=True):
+        for array, other in zip(mine.keys_and_values(), theirs.keys_and_values(), strict=True):
+            np.testing.assert_array_equal(np.array(array), np.array(other))
+        np.testing.assert_array_equal(mine.counters, theirs.counters)
+        np.testing.assert_array_equal(np.array(mine.pooled()), np.array(theirs.pooled()))
+
+
+@pytest.mark.parametrize("step", [5, 16, 100])
+def test_pools_are_those_of_the_whole_prompt_where_chunks_are_shorter_than_they(step):
+    """250 tokens: the last chunk holds less than a pool's 12."""
+    model, pools = flux_model(), []
+    for one in (step, 2048):
+        cache = model.make_cache()
+        flux_mlx.prefill(model, mx.array(prompt(251)), cache, prefill_step_size=one)
+        pools.append([np.array(entry.pooled()) for entry in cache])
+    np.testing.assert_allclose(pools[0], pools[1], atol=1e-5)
+
+
+@pytest.mark.parametrize(("route", "chunks"), [("auto", 4), ("full", 4), ("auto", 10), ("full", 10)])
+def test_what_is_projected_once_and_what_twice(monkeypatch, route, chunks):
+    """Of four chunks all is kept; of ten the router's ends, and keys are projected again where queries are not kept.
+
+    MLX computes none of what it projects again: attention takes the keys that are written.
+    """
+    model, step = flux_model(route=route), 30
+    seen: Counter[str] = Counter()
+    layer = model.layers[1].self_attn
+    for name in ("q_proj", "k_proj"):
+        monkeypatch.setattr(layer, name, counting(seen, name, layer[name]))
+    held, buffers = [], []
+    hand_over, update = exact_prefill._Ahead.hand_over, KVCache.update_and_fetch
+
+    def handed_over(self, entry, *work):
+        if entry is cache[1]:
+            held.append(len(entry.projected))
+        return hand_over(self, entry, *work)
+
+    def written(kv, keys, values):
+        update(kv, keys, values)
+        buffers.append(kv.keys.shape[2])
+
+    monkeypatch.setattr(exact_prefill._Ahead, "hand_over", handed_over)
+    monkeypatch.setattr(KVCache, "update_and_fetch", written)
+    cache = model.make_cache()
+    flux_mlx.prefill(model, mx.array(prompt(step * chunks + 1)), cache, prefill_step_size=step)
+    kept = chunks if chunks <= keys_first.CHUNKS_KEPT else 2 * (route == "auto")
+    assert seen["q_proj"] == chunks
+    assert seen["k_proj"] == chunks + (chunks - kept)
+    assert held == ([3, 2, 1, 0] if chunks == 4 else [max(0, kept - 1)] * 9 + [0])
+    assert set(buffers) == {-(-step * chunks // 256) * 256}
 
 
 def test_memory_grows_with_the_prompt_not_with_the_chunks():

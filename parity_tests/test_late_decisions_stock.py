@@ -12,6 +12,7 @@ from mlx_lm.generate import generate_step
 
 import flux_mlx
 from flux_mlx import router_state
+from flux_mlx.routed_attention import RoutedAttention
 from parity_tests.late_routes import LAYERS, TOKENS, check_alike, host_s_way, play_device
 from parity_tests.tiny_models import flux_model, prompt
 
@@ -43,6 +44,17 @@ def test_stock_s_chunks_leave_what_the_host_s_way_does_and_read_once(monkeypatch
     last_is_short = 0 < (TOKENS - 1) % step < model.flux.router.min_prefill_tokens
     assert device["late"] == LAYERS * (chunks - (step <= 24) - last_is_short)
     check_alike(*reversed(caches))
+
+
+@pytest.mark.parametrize(("step", "by_itself"), [(64, []), (20, [20] * LAYERS)])
+def test_the_router_takes_the_queries_of_the_chunk_under_way(monkeypatch, device, step, by_itself):
+    """It projects its own only of a chunk that was dense and is done: of 20 tokens, which the window holds."""
+    seen, query_rows = [], RoutedAttention.query_rows
+    monkeypatch.setattr(RoutedAttention, "query_rows", lambda self, x: seen.append(x.shape[1]) or query_rows(self, x))
+    model = flux_model()
+    generated(model, prompt(TOKENS), model.make_cache(), step)
+    assert device["late"]
+    assert seen == by_itself
 
 
 def test_what_stock_evaluates_of_a_chunk_takes_one_array_of_the_host_s(device):
