@@ -113,7 +113,7 @@ def _restore_routed(entry: CacheList, kv: Any, snapshot: Any) -> None:
 def _restorer(entry: Any) -> Callable[[], None]:
     """A function that brings a cache entry back to what it is now."""
     if isinstance(entry, CacheList):
-        return partial(_restore_routed, entry, entry.kv, entry.snapshot())
+        return partial(_restore_routed, entry, entry.caches[0], entry.snapshot())
     if type(entry) is KVCache:
         return lambda offset=entry.offset: entry.trim(entry.offset - offset)
     saved = copy.deepcopy(entry.__dict__)  # windows and states of other layers, which do not grow with the prompt
