@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -79,7 +80,7 @@ def main() -> None:
     buffer_bytes = args.tokens * model.args.hidden_size * 4
     bound = 1.1 * (rows[f"stock, step {args.stock_steps[0]}"]["peak_bytes"] + buffer_bytes)
     result = {
-        "command": " ".join(["benchmarks/bench_cpu_smollm2.py", *sys.argv[1:]]),
+        "command": shlex.join(["benchmarks/bench_cpu_smollm2.py", *sys.argv[1:]]),
         "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, float32",
         "versions": {name: version(name) for name in ("mlx", "mlx-lm", "flux-mlx")},
         "blas": os.environ.get("LD_PRELOAD", "reference"),
