@@ -19,7 +19,6 @@ from functools import cache, lru_cache
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from flux_mlx import cuda_catalog, streaming
 from flux_mlx.cuda_catalog import Device, Launch
@@ -101,14 +100,14 @@ def rows_on_device(rows: int, row_bytes: int) -> int:
     return max(rows, _SHARED_BYTES // row_bytes + 1)
 
 
-def device_array(values: Sequence[Any]) -> mx.array:
-    """The host's int32 rows `[B, ...]` in the GPU's own memory, repeated behind them. Waits for the device.
+def device_array(values: Sequence[int]) -> mx.array:
+    """The host's int32 `[B]` in the GPU's own memory, in a buffer that repeats them. Waits for the device.
 
     Of host memory every block would fetch them anew, over the bus: 0.2 ms for what takes 0.01. MLX gives buffers that
     were the host's out again, to kernels too: for this one any of 80 to 112 KB, which the host seldom has.
     """
-    by_host = mx.array(np.array(values, np.int32))
-    by_device = mx.tile(by_host, (max(2, _OWN_BYTES // by_host.nbytes), *[1] * (by_host.ndim - 1)))[: len(values)]
+    by_host = mx.array(values, mx.int32)
+    by_device = mx.tile(by_host, max(2, _OWN_BYTES // by_host.nbytes))[: len(values)]
     mx.eval(by_device)
     return by_device
 

@@ -84,7 +84,7 @@ def decide(
     encoder = (first_weight, first_bias, second_weight)
     if len(set(counts)) == 1:
         (encoded,) = run(encode)([prefix, recent, *encoder], counts[0])
-    else:  # numbers in the GPU's memory would be numbers to bring there
+    else:  # row by row: the kernel takes counts by value, and of an array's place in memory MLX promises nothing
         encode, _ = _network_launches(cuda_kernels.device(), (1, P, D))
         rows = zip(prefix[:, None], recent[:, None], counts, strict=True)
         encoded = mx.concatenate([run(encode)([*ends, *encoder], its)[0] for *ends, its in rows])

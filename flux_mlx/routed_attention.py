@@ -224,8 +224,7 @@ class RoutedAttention:
             return super().__call__(x, mask, kv)
         q, k, v = self.rotated(parts, kv.offset)
         k, v = kv.update_and_fetch(k, v)
-        out = scaled_dot_product_attention(q, k, v, cache=kv, scale=self.scale, mask=mask)
-        return self.o_proj(out.swapaxes(1, 2).reshape(out.shape[0], out.shape[2], -1))
+        return self.attend_rows(q, k, v, mask, [RowGroup(slice(None), sparse=False, padding=0)], cache)
 
     def attend_undecided(self, x: mx.array, cache: CacheList, parts: Projected | None = None) -> mx.array | None:
         """Attention of a prompt's call by a route that only the device knows, `[1, L, hidden]`.
