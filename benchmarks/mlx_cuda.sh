@@ -53,7 +53,7 @@ run() {
     decode-4bit) script mlx_decode --bits 4 --lengths 32K 128K 256K --omegas 0.7 -n 5 --json "$json" ;;
     short) compare --lengths 256 512 1K 2K 4K --omega 0.7 -n 11 -g 24 --json "$json" ;;
     crossover) compare --crossover --lengths 512 64K --omega 0.7 -n 7 --trial-seconds 8 -g 24 --json "$json" ;;
-    router) script mlx_router_cost --lengths 8K -n 30 --json "$json" ;;
+    router) script mlx_router_cost --lengths 8K -n 100 --json "$json" ;;
     commands) script mlx_stock_commands --lengths 1K 8K 32K -n 3 --json "$json" ;;
     exact) script mlx_exact_cost --lengths 8K 32K -n 2 --json "$json" ;;
     bf16) compare --lengths 32K 128K --omega 0.7 -n 4 --trial-seconds 22 -g 48 --json "$json" ;;

@@ -279,11 +279,13 @@ class _Ahead:
 
 
 @contextmanager
-def _keys_first(layer: nn.Module, entry: CacheList, hidden: list[mx.array], device: _Ahead) -> Iterator[None]:
-    """Write the layer's keys of the whole prompt; within it calls find them there."""
+def _keys_first(
+    layer: nn.Module, entry: CacheList, hidden: list[mx.array], device: _Ahead, beside: list[mx.array]
+) -> Iterator[None]:
+    """Write the layer's keys of the whole prompt, and compute `beside`; within it calls find the keys there."""
     offset = entry.offset
     _reserve(entry, sum(chunk.shape[1] for chunk in hidden))
-    write_keys(layer, entry, hidden, partial(device.start_keys, entry))
+    write_keys(layer, entry, hidden, lambda parts: device.start_keys(entry, [*beside, *parts]))
     with keys_in_place(entry.kv, offset):
         yield
 
@@ -314,8 +316,11 @@ def _prefill_layer(
         entry.projected = project_kept(layer, entry, hidden)
     if routed:
         _route_layer(layer, entry, hidden)
+    if follows and is_last:
+        late.add(entry)
+    joined = late.join() if is_last else []
     try:
-        with _keys_first(layer, entry, hidden, device) if keys_first else nullcontext():
+        with _keys_first(layer, entry, hidden, device, joined) if keys_first else nullcontext():
             for i, chunk in enumerate(chunks):
                 if i == int(evicts) and not keys_first:  # evict: the first chunk does not know yet what will be kept
                     _reserve(entry, left)
@@ -324,9 +329,7 @@ def _prefill_layer(
                 if i == 0 and needs_route and not follows:  # keys: independent of the router's work
                     entry.start_decision(_new_state(entry))
                 if i == 0 and is_last:
-                    if follows:
-                        late.add(entry)
-                    late.start(_new_state(entry))
+                    mx.async_eval(joined, _new_state(entry))
                 device.hand_over(entry, hidden[i], entry.undecided() if i == 0 and follows else None)
                 left -= chunk.shape[1]
         if needs_route and not is_last:

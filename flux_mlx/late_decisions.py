@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from flux_mlx.cache import CacheList
-from flux_mlx.router_decision import Decision, joined_for_host
+from flux_mlx.router_decision import PackedRoutes
 
 
 class LateDecisions:
@@ -28,7 +28,7 @@ class LateDecisions:
     def __init__(self, may_wait: bool = True) -> None:
         self.may_wait = may_wait
         self.entries: list[CacheList] = []
-        self._joined: Decision | None = None
+        self._joined: PackedRoutes | None = None
 
     def add(self, entry: CacheList) -> None:
         """Take on the decision of a layer whose calls are handed over, if nobody has read it."""
@@ -36,16 +36,16 @@ class LateDecisions:
             self.entries.append(entry)
             entry.inputs = None  # the pools are computed with the decision
 
-    def start(self, beside: Any) -> None:
-        """Start joining them, in one piece of work with arrays that do not depend on them."""
-        self.entries = [entry for entry in self.entries if entry.undecided() is not None]  # a callback may read routes
-        if self.entries:
-            codes = [entry.undecided() for entry in self.entries]
-            self._joined = Decision(joined_for_host(codes), [True] * len(codes))
-            mx.async_eval(self._joined.codes, beside)
+    def join(self) -> list[mx.array]:
+        """Join them, once. What it returns is to be computed, best in one piece of work with what does not need it."""
+        if self._joined is None:
+            self.entries = [entry for entry in self.entries if entry.undecided() is not None]  # callbacks may read
+            if self.entries:
+                self._joined = PackedRoutes.of([entry.undecided() for entry in self.entries])
+        return [] if self._joined is None else [self._joined.words]
 
     def read(self) -> None:
-        """Have each cache know its route. Waits for the device: until `start`'s work is done, not for what follows."""
+        """Have each cache know its route. Waits for the device: until they are joined, not for what follows."""
         if self._joined is not None:
             for entry, route in zip(self.entries, self._joined.read(), strict=True):
                 entry.learn([route])
@@ -58,5 +58,5 @@ def read_late(cache: list[Any]) -> None:
         if isinstance(entry, CacheList) and entry.rows_held == 1:
             entry.catch_up()
             late.add(entry)
-    late.start(())
+    mx.async_eval(late.join())
     late.read()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import apple_prediction, mlx_host_time, mlx_prediction, mlx_report
+from benchmarks import apple_prediction, mlx_host_time, mlx_prediction, mlx_report, mlx_router_cost
 from benchmarks.mlx_prediction import QWEN3_4B, QWEN3_8B, SMALL, Machine
 from flux_mlx import benchmark, kernel_policy
 from flux_mlx.benchmark_models import SHAPES
@@ -66,9 +66,18 @@ def test_router_cost_is_that_of_neighbouring_runs(tmp_path, monkeypatch):
     used, operations = (np.median(np.divide(mine, times[2])) - 1 for mine in times[:2])
     assert (row["share"], row["share_of_operations"]) == pytest.approx((used, operations))
     assert row["router_s_of_operations"] == pytest.approx(np.median(np.subtract(times[1], times[2])))
+    ratios = np.divide(times[0], times[2]) - 1
+    assert row["share_interval"] == pytest.approx((min(ratios), max(ratios)))  # of three rounds no less
     assert not row["has_kernels"]
     assert set(switched_off) == {frozenset(), frozenset({"router"})}
     assert not kernel_policy.RECORD.switched_off
+
+
+@pytest.mark.parametrize("n", [6, 30, 100])
+def test_the_interval_of_a_median_holds_it_95_times_of_100(n):
+    draws = np.random.default_rng(n).standard_cauchy((2000, n))
+    held = [low <= 0 <= high for low, high in map(mlx_router_cost.median_interval, draws)]
+    assert 0.945 < np.mean(held) < 0.985
 
 
 def test_stock_commands_run_stock_beside_both_kinds_of_routes(tmp_path):
