@@ -281,7 +281,7 @@ def stages() -> dict[str, float]:
         "decode-4bit": decode(4, 5),
         "short": sum(compare_s(16, n, 25, 11, 24) for n in (256, 512, 1024, 2048, 4096)),
         "crossover": sum(compare_s(16, n, 25, runs, 24) for n, runs in CROSSOVER_RUNS.items()),
-        "router": 6 * 31 * prefill_s(QWEN3_8B, H100, 16, 8192, 25),  # kinds, runs
+        "router": 6 * 101 * prefill_s(QWEN3_8B, H100, 16, 8192, 25),  # kinds, runs
         "commands": 4
         * sum(prefill_s(QWEN3_8B, H100, 16, n, sparse) for n in (1024, 8192, 32768) for sparse in (0, 25, 25)),
         "exact": 3 * sum(exact),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.mlx_prediction import columns
+from benchmarks.mlx_router_cost import APART, ASIDE, AT_HAND, FORCED, OPERATIONS, USED, median_interval
 from flux_mlx.benchmark_compare import median_ratio
 from flux_mlx.spec import Route
 
@@ -62,6 +63,30 @@ def prefill_table() -> str:
         ratios = (prefill["speedup"], row["first_token_speedup"], prefill["ceiling"], prefill["fraction_of_ceiling"])
         sparse = round(row["sparse_layers"])
         lines.append((bits, length(row["prompt_tokens"]), sparse, *times, *(f"{x:.2f}" for x in ratios), row["trials"]))
+    return columns(lines)
+
+
+def router_table() -> str:
+    """What routers cost, over the rounds of all processes."""
+    kinds: list[tuple[str, str]] = [
+        (USED, "routers by kernels, as used"),
+        (OPERATIONS, "routers by MLX's operations"),
+        (APART, "routers that share no projection with attention"),
+        (ASIDE, "such routers beside forced routes, which nobody asks"),
+        (AT_HAND, "routes that the device knows without a router"),
+    ]
+    rows = record("mlx_router")["rows"]
+
+    def times(kind: str) -> list[float]:
+        return [seconds for row in rows for seconds in row["runs"][kind]["all_prefill_s"]]
+
+    lines: list[tuple[Any, ...]] = [("against forced routes, 8K", "ms", "% of prefill", "95 %")]
+    for kind, words in kinds:
+        pairs = list(zip(times(kind), times(FORCED), strict=True))
+        low, high = median_interval([mine / its - 1 for mine, its in pairs])
+        cost = statistics.median(mine - its for mine, its in pairs)
+        share = statistics.median(mine / its - 1 for mine, its in pairs)
+        lines.append((words, f"{1e3 * cost:.1f}", f"{100 * share:.1f}", f"{100 * low:.1f} to {100 * high:.1f}"))
     return columns(lines)
 
 
@@ -289,7 +314,7 @@ LATER = {
 def tables() -> list[str]:
     """All of them, in the page's order."""
     decoding = (decode_table, host_table, graph_table)
-    makers = (prefill_table, exact_table, short_table, *decoding, attention_table, device_table)
+    makers = (prefill_table, exact_table, router_table, short_table, *decoding, attention_table, device_table)
     later = [make for name, make in LATER.items() if is_measured(name)]
     return [make() for make in (*makers, *later)]
 
