@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from flux_mlx.cache import CacheList
-from flux_mlx.router_decision import PackedRoutes
+from flux_mlx.router_decision import Decision
 
 
 class LateDecisions:
@@ -28,7 +28,7 @@ class LateDecisions:
     def __init__(self, may_wait: bool = True) -> None:
         self.may_wait = may_wait
         self.entries: list[CacheList] = []
-        self._joined: PackedRoutes | None = None
+        self._joined: Decision | None = None
 
     def add(self, entry: CacheList) -> None:
         """Take on the decision of a layer whose calls are handed over, if nobody has read it."""
@@ -41,8 +41,8 @@ class LateDecisions:
         if self._joined is None:
             self.entries = [entry for entry in self.entries if entry.undecided() is not None]  # callbacks may read
             if self.entries:
-                self._joined = PackedRoutes.of([entry.undecided() for entry in self.entries])
-        return [] if self._joined is None else [self._joined.words]
+                self._joined = Decision.joined([entry.undecided() for entry in self.entries])
+        return [] if self._joined is None else [self._joined.codes]
 
     def read(self) -> None:
         """Have each cache know its route. Waits for the device: until they are joined, not for what follows."""

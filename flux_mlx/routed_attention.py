@@ -246,7 +246,7 @@ class RoutedAttention:
         q, k, v = self.rotated(parts, kv.offset)
         kv.update_and_fetch(k, v)
         sizes = {"prompt_tokens": cache.pinned, "scale": self.scale, "kv_tokens": kv.offset}
-        out, _ = cuda_kernels.routed_attention(q, kv.keys, kv.values, cache.undecided(), pattern, **sizes)
+        out, _ = cuda_kernels.routed_attention(q, kv.keys, kv.values, cache.lend(), pattern, **sizes)
         return self.o_proj(out.swapaxes(1, 2).reshape(1, tokens, -1))
 
     def may_stay_undecided(self, tokens: int, cache: CacheList) -> bool:

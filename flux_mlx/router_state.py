@@ -131,6 +131,11 @@ class RouterState(NotedCalls):
         is_new = self.decision is not None and all(self.decision.fed) and not self.noted
         return self.decision.codes if is_new else None
 
+    def lend(self) -> mx.array:
+        """`undecided`, where it is not None, for a kernel to read."""
+        self.decision = self.decision._replace(is_lent=True)
+        return self.decision.codes
+
     @property
     def routes(self) -> list[Route]:
         """The rows' routes. Waits for a decision just made."""

@@ -12,7 +12,7 @@ import numpy as np
 
 import flux_mlx
 from flux_mlx import attention, cuda_kernels, kernel_policy
-from flux_mlx.router_decision import PackedRoutes
+from flux_mlx.router_decision import Decision
 from flux_mlx.spec import Route
 
 LAYERS = 4
@@ -22,13 +22,14 @@ TOKENS = 257
 def counted_reads(monkeypatch) -> Counter:
     """Reads of decisions by the host ("read"), and routes in them ("routes")."""
     counted: Counter[str] = Counter()
-    read = PackedRoutes.read
+    read = Decision.read
 
-    def counted_read(routes: PackedRoutes) -> list[Route]:
-        counted.update(read=1, routes=routes.rows)
-        return read(routes)
+    def counted_read(decision: Decision) -> list[Route | None]:
+        routes = read(decision)
+        counted.update(read=1, routes=len(routes))
+        return routes
 
-    monkeypatch.setattr(PackedRoutes, "read", counted_read)
+    monkeypatch.setattr(Decision, "read", counted_read)
     return counted
 
 

@@ -12,7 +12,7 @@ import flux_mlx
 from flux_mlx import attention, cuda_catalog, cuda_kernels, cuda_router, doctor, kernel_policy, kernel_self_test
 from flux_mlx.models import routed_layers
 from flux_mlx.router import LayerRouter
-from flux_mlx.router_decision import PackedRoutes
+from flux_mlx.router_decision import Decision
 from flux_mlx.spec import PatternConfig, Route, RouterConfig
 from parity_tests.tiny_models import flux_model, prompt
 from parity_tests.token_by_token import ON_DEVICES, by_steps_and_by_own_calls
@@ -186,8 +186,8 @@ def test_a_prompt_whose_routes_stay_on_the_device_is_that_of_the_host(monkeypatc
         attn.router.set_dtype(mx.float32)
         last = attn.router.head[-1]
         last.weight, last.bias = mx.zeros_like(last.weight), mx.array([0.0, 9.0 * (index % 2)])
-    reads, read = [], PackedRoutes.read
-    monkeypatch.setattr(PackedRoutes, "read", lambda routes: reads.append(1) or read(routes))
+    reads, read = [], Decision.read
+    monkeypatch.setattr(Decision, "read", lambda decision: reads.append(1) or read(decision))
 
     def run() -> tuple[list[Route], np.ndarray, int]:
         cache = model.make_cache()

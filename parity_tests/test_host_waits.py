@@ -18,7 +18,7 @@ from mlx_lm.generate import generate_step
 
 import flux_mlx
 from flux_mlx import exact_prefill, noted_calls, routed_block, router_state
-from flux_mlx.router_decision import PackedRoutes
+from flux_mlx.router_decision import Decision
 from flux_mlx.spec import Route
 from parity_tests.tiny_models import PATTERN, flux_model, prompt, stock_model
 
@@ -30,11 +30,11 @@ LAYERS = 4
 def waits(monkeypatch) -> Counter:
     """How often the host waited: for a route ("route"), for counters ("counters"), for an evaluation ("eval")."""
     seen = Counter()
-    read, array, evaluate = PackedRoutes.read, np.array, mx.eval
+    read, array, evaluate = Decision.read, np.array, mx.eval
 
-    def counted_read(routes):
+    def counted_read(decision):
         seen["route"] += 1
-        return read(routes)
+        return read(decision)
 
     class Numpy:
         """numpy as the cache sees it."""
@@ -50,7 +50,7 @@ def waits(monkeypatch) -> Counter:
         seen["eval"] += 1
         evaluate(*arrays)
 
-    monkeypatch.setattr(PackedRoutes, "read", counted_read)
+    monkeypatch.setattr(Decision, "read", counted_read)
     monkeypatch.setattr(router_state, "np", Numpy())
     monkeypatch.setattr(mx, "eval", counted_eval)
     return seen
@@ -113,7 +113,7 @@ def test_a_route_is_computed_beside_the_first_chunk_and_read_for_the_second(monk
 
     noted(router_state.RouterState, "start_decision", lambda entry, beside: ("start", beside[0][2]))
     noted(exact_prefill._Ahead, "hand_over", lambda *_: "chunk")
-    noted(PackedRoutes, "read", lambda _: "read")
+    noted(Decision, "read", lambda _: "read")
     model = flux_model()
     flux_mlx.prefill(model, mx.array(prompt(65)), model.make_cache(), prefill_step_size=16)
     assert seen == [("start", 16), "chunk", "read", "chunk", "chunk", "chunk"] * LAYERS

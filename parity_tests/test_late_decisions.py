@@ -18,11 +18,13 @@ import flux_mlx
 from flux_mlx import (
     cuda_catalog,
     cuda_kernels,
+    exact_prefill,
     kernel_policy,
     routed_attention,
+    router_decision,
 )
 from flux_mlx.kernel_self_test import Variant
-from flux_mlx.router_decision import PackedRoutes
+from flux_mlx.router_decision import Decision
 from flux_mlx.spec import PatternConfig, Route
 from parity_tests.cuda_cases import AMPERE, H100
 from parity_tests.late_routes import (
@@ -177,11 +179,11 @@ def test_an_interrupted_wait_leaves_the_cache_as_it_was(monkeypatch, device):
     cache = filled(model, tokens[:100], 64)
     before = remembered(cache)
 
-    def interrupted(_: PackedRoutes) -> list:
+    def interrupted(_: Decision) -> list:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(PackedRoutes, "read", interrupted)
+        patch.setattr(Decision, "read", interrupted)
         with pytest.raises(KeyboardInterrupt):
             flux_mlx.prefill(model, mx.array(tokens[100:]), cache, prefill_step_size=64)
     for mine, theirs in zip(remembered(cache), before, strict=True):
@@ -202,33 +204,59 @@ def test_a_callback_may_read_routes(monkeypatch, device):
     check_alike(cache, expected)
 
 
-def test_the_host_reads_no_memory_that_kernels_write_or_read(monkeypatch, device):
-    """MLX moves what the host reads, and that takes it long; eight bytes lie where both can read."""
-    read = []
+def test_the_host_reads_no_memory_that_kernels_read(monkeypatch, device):
+    """MLX moves what the host reads while kernels under way read it where it was."""
+    lent, read = [], []
+    attend, unpack = cuda_kernels.routed_attention, router_decision.unpacked
 
-    def noted_pack(codes: list[mx.array]) -> PackedRoutes:
-        read.append(pack(codes))
-        return read[-1]
+    def noted_attend(q, k, v, route, *args, **options):
+        lent.append(route)
+        return attend(q, k, v, route, *args, **options)
 
-    pack = PackedRoutes.of
-    monkeypatch.setattr(PackedRoutes, "of", noted_pack)
+    def noted_unpack(words: mx.array, rows: int) -> list[Route]:
+        read.append(words)
+        return unpack(words, rows)
+
+    monkeypatch.setattr(cuda_kernels, "routed_attention", noted_attend)
+    monkeypatch.setattr(router_decision, "unpacked", noted_unpack)
     model, tokens = flux_model(), prompt(TOKENS)
+    for index, attn in flux_mlx.models.routed_layers(model).items():
+        attn.forced = Route.SPARSE if index != 1 else None
     filled(model, tokens, 64)
-    cache = model.make_cache()
-    look = {"prompt_progress_callback": lambda done, _: done and cache[done - 1].routes}
-    flux_mlx.prefill(model, mx.array(tokens), cache, prefill_step_size=64, **look)
-    assert device["read"] == len(read) == 1 + LAYERS
-    assert all(routes.words.nbytes <= 8 for routes in read)
+    assert len(read) == 1
+    caches = [model.make_cache()]
+    look = {"prompt_progress_callback": lambda done, _: done and caches[0][done - 1].routes}
+    flux_mlx.prefill(model, mx.array(tokens), caches[0], prefill_step_size=64, **look)
+    assert len(read) == 2
+    assert not {address(x) for x in lent} & {address(x) for x in read}
+
+
+def test_routes_are_joined_beside_the_last_layer_s_keys(monkeypatch, device):
+    """Behind the keys the device would have nothing else to do."""
+    beside, start = [], exact_prefill._Ahead.start_keys
+
+    def noted(self, entry: Any, arrays: list[mx.array]) -> None:
+        beside.append([x.dtype for x in arrays])
+        start(self, entry, arrays)
+
+    monkeypatch.setattr(exact_prefill._Ahead, "start_keys", noted)
+    filled(flux_model(), prompt(TOKENS), 64)
+    assert [mx.uint32 in dtypes for dtypes in beside] == [False] * (LAYERS - 1) + [True]
+
+
+def address(x: mx.array) -> int:
+    mx.eval(x)
+    return np.asarray(memoryview(x)).__array_interface__["data"][0]
 
 
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 64, 65, 200])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_packed_routes_are_what_went_in(rows, parts):
     routes = [Route.SPARSE if x else Route.FULL for x in np.random.default_rng(rows).random(rows * parts) < 0.5]
-    codes = [mx.array(routes[start : start + rows]) for start in range(0, rows * parts, rows)]
-    packed = PackedRoutes.of(codes)
-    assert packed.read() == routes
-    assert packed.words.nbytes == 4 * -(-rows * parts // 32)
+    joined = Decision.joined([mx.array(routes[start : start + rows]) for start in range(0, rows * parts, rows)])
+    assert joined.read() == routes
+    assert joined.codes.nbytes == 4 * -(-rows * parts // 32)
+    assert Decision(mx.array(routes), [True] * len(routes), is_lent=True).read() == routes
 
 
 def test_a_layer_that_is_done_holds_on_to_no_inputs(device):
