@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.mlx_prediction import columns
-from benchmarks.mlx_router_cost import APART, ASIDE, AT_HAND, FORCED, OPERATIONS, USED, median_interval
+from benchmarks.mlx_router_cost import APART, ASIDE, AT_HAND, FORCED, OPERATIONS, USED, cost
 from flux_mlx.benchmark_compare import median_ratio
 from flux_mlx.spec import Route
 
@@ -78,15 +78,12 @@ def router_table() -> str:
     rows = record("mlx_router")["rows"]
 
     def times(kind: str) -> list[float]:
-        return [seconds for row in rows for seconds in row["runs"][kind]["all_prefill_s"]]
+        return [run_s for row in rows for run_s in row["runs"][kind]["all_prefill_s"]]
 
     lines: list[tuple[Any, ...]] = [("against forced routes, 8K", "ms", "% of prefill", "95 %")]
     for kind, words in kinds:
-        pairs = list(zip(times(kind), times(FORCED), strict=True))
-        low, high = median_interval([mine / its - 1 for mine, its in pairs])
-        cost = statistics.median(mine - its for mine, its in pairs)
-        share = statistics.median(mine / its - 1 for mine, its in pairs)
-        lines.append((words, f"{1e3 * cost:.1f}", f"{100 * share:.1f}", f"{100 * low:.1f} to {100 * high:.1f}"))
+        seconds, share, (low, high) = cost(times(kind), times(FORCED))
+        lines.append((words, f"{1e3 * seconds:.1f}", f"{100 * share:.1f}", f"{100 * low:.1f} to {100 * high:.1f}"))
     return columns(lines)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import mlx.core as mx
@@ -105,6 +105,23 @@ def median_interval(values: Sequence[float], miss: float = 0.05) -> tuple[float,
     return ordered[rank], ordered[n - 1 - rank]
 
 
+class Cost(NamedTuple):
+    """Of one kind of run against forced routes: medians over neighbouring runs."""
+
+    seconds: float
+    share: float
+    share_interval: tuple[float, float]
+
+
+def cost(times: Sequence[float], forced: Sequence[float]) -> Cost:
+    """From the seconds of both, round by round."""
+    pairs = list(zip(times, forced, strict=True))
+    shares = [mine / its - 1 for mine, its in pairs]
+    return Cost(
+        statistics.median(mine - its for mine, its in pairs), statistics.median(shares), median_interval(shares)
+    )
+
+
 def row(args: Any, model: nn.Module, tokens: int) -> dict[str, Any]:
     """All kinds at one length. Costs are medians over neighbouring runs: of differences, and of ratios less 1.
 
@@ -115,10 +132,9 @@ def row(args: Any, model: nn.Module, tokens: int) -> dict[str, Any]:
     times = {name: run["all_prefill_s"] for name, run in found.items()}
     result: dict[str, Any] = {"tokens": tokens, "has_kernels": has_kernels(model)}
     for name, key in KEYS.items():
-        pairs = list(zip(times[name], times[FORCED], strict=True))
-        result[f"router_s{key}"] = statistics.median(mine - its for mine, its in pairs)
-        result[f"share{key}"] = median_ratio(times[name], times[FORCED]) - 1
-        result[f"share_interval{key}"] = median_interval([mine / its - 1 for mine, its in pairs])
+        its = cost(times[name], times[FORCED])
+        result[f"router_s{key}"] = its.seconds
+        result[f"share{key}"], result[f"share_interval{key}"] = its.share, its.share_interval
     result["used_over_operations"] = median_ratio(times[USED], times[OPERATIONS])
     return result | {"runs": found}
 
